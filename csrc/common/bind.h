@@ -1,0 +1,42 @@
+// pybind11 caster: a tuple (data_ptr, dtype code, shape, strides) or None becomes a TensorView.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "common/tensor_view.h"
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<idm::TensorView> {
+  PYBIND11_TYPE_CASTER(idm::TensorView, const_name("TensorView | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    PyObject* tuple = source.ptr();
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) return false;
+    const unsigned long long address = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(tuple, 0));
+    const long dtype = PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1));
+    PyObject* shape = PyTuple_GET_ITEM(tuple, 2);
+    PyObject* stride = PyTuple_GET_ITEM(tuple, 3);
+    if (PyErr_Occurred() || dtype < 0 || dtype > 3 || !PyTuple_Check(shape) || !PyTuple_Check(stride)) return fail();
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
+    if (ndim > idm::kMaxDims || PyTuple_GET_SIZE(stride) != ndim) return fail();
+    value.data = reinterpret_cast<char*>(address);
+    value.dtype = static_cast<idm::DType>(dtype);
+    value.ndim = static_cast<int>(ndim);
+    for (Py_ssize_t i = 0; i < ndim; ++i) {
+      value.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+      value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, i));
+    }
+    return PyErr_Occurred() ? fail() : true;
+  }
+
+ private:
+  static bool fail() {
+    PyErr_Clear();
+    return false;
+  }
+};
+
+}  // namespace pybind11::detail

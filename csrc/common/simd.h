@@ -1,0 +1,133 @@
+// One vector type per instruction set: 16, 8 or 4 floats. Included only by *_isa.cpp files, which are compiled once per
+// set with IDM_ISA naming it. Everything lies in a namespace of that name, and no standard template is used there, so
+// that the linker can never let code compiled for AVX-512 run on a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "common/dtype.h"
+
+namespace idm {
+namespace IDM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kWidth * 4)));
+typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
+typedef uint64_t vq __attribute__((vector_size(kWidth * 4)));  // kWidth / 2 lanes
+typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));  // kWidth lanes of 16 bits
+
+template <class To, class From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  return reinterpret_cast<To>(v);
+}
+
+inline vf splat(float value) { return value - vf{}; }
+
+// ---- loads: storage type -> float32 ----------------------------------------------------------------------------
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Widening is written out because GCC 12 makes five instructions of __builtin_convertvector.
+inline vu load_words(const void* p) {
+#if defined(__AVX512F__)
+  return bits<vu>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bits<vu>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, vu);
+#endif
+}
+
+inline vf load(const bf16* p) { return bits<vf>(load_words(p) << 16); }
+
+#if defined(__AVX512F__)
+inline vf load(const fp16* p) {
+  return bits<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+#elif defined(__AVX2__)
+inline vf load(const fp16* p) { return bits<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+#else
+// Shift exponent and mantissa into place, then multiply by 2^112: exact for normal and subnormal numbers alike.
+inline vf load(const fp16* p) {
+  const vu u = load_words(p);
+  const vu magnitude = (u & 0x7fff) << 13;
+  const vf finite = bits<vf>(magnitude) * 0x1p112f;
+  const vu out = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits<vu>(finite);
+  return bits<vf>(out | (u & 0x8000) << 16);
+}
+#endif
+
+// ---- stores: float32 -> storage type, round to nearest even, NaN stays NaN -------------------------------------
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512BF16__)
+inline void store(bf16* p, vf v) {  // this instruction alone writes zero for subnormal numbers
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(v))));
+}
+#else
+inline void store(bf16* p, vf v) {
+  const vu u = bits<vu>(v);
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vh h = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40, vh);
+  std::memcpy(p, &h, sizeof h);
+}
+#endif
+
+#if defined(__AVX512F__)
+inline void store(fp16* p, vf v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+inline void store(fp16* p, vf v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline void store(fp16* p, vf v) {
+  const vu u = bits<vu>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  // Subnormals: adding 0.5 puts the result's last bit at 2^-24, where half precision has it, rounded by the adder.
+  const vu subnormal = bits<vu>(bits<vf>(magnitude) + 0.5f) - 0x3f000000u;
+  const vu normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;
+  vu out = magnitude < 0x38800000u ? subnormal : normal;
+  out = magnitude >= 0x477ff000u ? vu{} + 0x7c00u : out;
+  out = magnitude > 0x7f800000u ? vu{} + 0x7e00u : out;
+  const vh h = __builtin_convertvector(out | sign, vh);
+  std::memcpy(p, &h, sizeof h);
+}
+#endif
+
+// ---- the last, partial vector of a row: `count` < kWidth elements, the rest reads as zero ----------------------
+template <class T>
+inline vf load_partial(const T* p, int count) {
+  T lanes[kWidth] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+inline void store_partial(T* p, vf v, int count) {
+  T lanes[kWidth];
+  store(lanes, v);
+  std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+}  // namespace IDM_ISA
+}  // namespace idm

@@ -1,0 +1,59 @@
+// x0_hat = clamp(k_x * x + k_out * model_output, -clamp, clamp);  clamp <= 0: no clamp
+// x      = a * x + b * x0_hat + c * history + s * noise;          then history = x0_hat, network_input = cast(x)
+//
+//   x, history        [N, C, H, W] in NHWC order, float32, updated in place
+//   model_output      same shape and order, float32, bfloat16 or float16
+//   table             [T, 8] float32, row = (k_x, k_out, a, b, c, s, clamp, 0); `step` picks the row
+//   seeds             [N] int64; the noise is that of common/philox.h at `step`
+//   network_input     null, or same shape and order and any of the three types
+//
+// c == 0 does not read history (it may hold anything at the first step); s == 0 draws no noise.
+#pragma once
+
+#include "common/tensor_view.h"
+
+namespace idm {
+
+// Both raise std::invalid_argument before anything is written.
+void sampler_update(const TensorView& x, const TensorView& model_output, const TensorView& history,
+                    const TensorView& table, int64_t step, const TensorView& seeds, const TensorView& network_input,
+                    int threads);
+
+// out [N, C, H, W] float32 NHWC = the standard normal noise of `step` (-1: the initial noise).
+void philox_normal(const TensorView& out, const TensorView& seeds, int64_t step, int threads);
+
+struct SamplerRow {
+  float k_x, k_out, a, b, c, s, clamp, reserved;
+};
+
+// Elements [begin, end) of one image whose element 0 the pointers point to; begin is a multiple of 64.
+struct SamplerSpan {
+  float* x;
+  const char* model_output;
+  float* history;
+  char* network_input;
+  int64_t begin, end;
+  uint64_t seed;
+  uint32_t word2;
+};
+
+struct SamplerKernels {
+  // [model_output type][network_input type, the last is "none"]
+  void (*update[kFloatTypes][kFloatTypes + 1])(const SamplerRow& row, const SamplerSpan& span);
+  void (*normal)(const SamplerSpan& span);  // fills x
+};
+
+namespace baseline {
+extern const SamplerKernels kSamplerKernels;
+}
+namespace avx2 {
+extern const SamplerKernels kSamplerKernels;
+}
+namespace avx512 {
+extern const SamplerKernels kSamplerKernels;
+}
+namespace avx512bf16 {
+extern const SamplerKernels kSamplerKernels;
+}
+
+}  // namespace idm

@@ -1,0 +1,84 @@
+// The vector code of sampler_update; compiled once per instruction set.
+#include "sampler_update/sampler_update.h"
+
+#include "common/philox.h"
+#include "common/simd.h"
+
+namespace idm {
+namespace IDM_ISA {
+namespace {
+
+constexpr int kStride = 4 * kWidth;  // elements per turn: kWidth counters of four normals
+
+struct None {};
+
+template <class I>
+inline void store_input(I* p, vf v) {
+  store(p, v);
+}
+inline void store_input(None*, vf) {}
+
+// One turn: kStride elements at x, model_output, history, input; `counter` is the number of the first element / 4.
+template <class M, class I>
+inline void turn(const SamplerRow& row, const PhiloxStream& stream, uint64_t counter, float* x, const M* model_output,
+                 float* history, I* input) {
+  vf noise[4];
+  if (row.s != 0.0f) normals(counter, stream, noise);
+  for (int i = 0; i < 4; ++i) {
+    const int at = i * kWidth;
+    const vf old = load(x + at);
+    vf x0 = old * row.k_x + load(model_output + at) * row.k_out;
+    if (row.clamp > 0.0f) {  // comparisons that a NaN fails, so that it stays one
+      x0 = x0 > row.clamp ? splat(row.clamp) : x0;
+      x0 = x0 < -row.clamp ? splat(-row.clamp) : x0;
+    }
+    vf next = old * row.a + x0 * row.b;
+    if (row.c != 0.0f) next += load(history + at) * row.c;
+    if (row.s != 0.0f) next += noise[i] * row.s;
+    store(x + at, next);
+    store(history + at, x0);
+    store_input(input + at, next);
+  }
+}
+
+template <class M, class I>
+void update(const SamplerRow& row, const SamplerSpan& span) {
+  const PhiloxStream stream{span.seed, span.word2};
+  const M* model_output = reinterpret_cast<const M*>(span.model_output);
+  I* input = reinterpret_cast<I*>(span.network_input);
+  int64_t e = span.begin;
+  for (; e + kStride <= span.end; e += kStride)
+    turn(row, stream, static_cast<uint64_t>(e) / 4, span.x + e, model_output + e, span.history + e, input + e);
+  if (e == span.end) return;
+
+  const size_t left = static_cast<size_t>(span.end - e);
+  float x[kStride] = {}, history[kStride] = {};
+  M output[kStride] = {};
+  I cast[kStride] = {};
+  std::memcpy(x, span.x + e, left * sizeof(float));
+  std::memcpy(output, model_output + e, left * sizeof(M));
+  std::memcpy(history, span.history + e, left * sizeof(float));
+  turn(row, stream, static_cast<uint64_t>(e) / 4, x, output, history, cast);
+  std::memcpy(span.x + e, x, left * sizeof(float));
+  std::memcpy(span.history + e, history, left * sizeof(float));
+  if (input) std::memcpy(input + e, cast, left * sizeof(I));
+}
+
+void normal(const SamplerSpan& span) {
+  const PhiloxStream stream{span.seed, span.word2};
+  for (int64_t e = span.begin; e < span.end; e += kStride) {
+    vf noise[4];
+    normals(static_cast<uint64_t>(e) / 4, stream, noise);
+    const int64_t left = span.end - e < kStride ? span.end - e : kStride;
+    std::memcpy(span.x + e, noise, static_cast<size_t>(left) * sizeof(float));
+  }
+}
+
+#define IDM_ROW(M) {update<M, float>, update<M, bf16>, update<M, fp16>, update<M, None>}
+
+}  // namespace
+
+extern const SamplerKernels kSamplerKernels = {{IDM_ROW(float), IDM_ROW(bf16), IDM_ROW(fp16)}, normal};
+
+}  // namespace IDM_ISA
+}  // namespace idm

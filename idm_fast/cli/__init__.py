@@ -1,0 +1,71 @@
+"""The command ``idm-fast``: one file a verb, each with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from idm_fast import __version__
+from idm_fast.errors import IdmFastError
+
+VERBS = {
+    "restore": "restore the faces of photographs",
+    "train": "train a model",
+    "info": "say what a model file is",
+    "ops": "list operations and back ends, with the reason where one cannot run",
+}
+_EXAMPLES = """examples:
+  idm-fast restore photo.jpg -o out            restore the faces of one photograph
+  idm-fast restore album -o out --compare      a folder, with before/after pictures
+  idm-fast train intrinsic --data faces --out runs/mine
+  idm-fast info idm-face-128                   what a model file is
+  idm-fast ops                                 which kernels run here, and why not the others
+Each verb has its own --help.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code: 0 all good, 1 some of it failed, 2 wrong usage, 130 stopped by Ctrl-C.
+
+    argparse itself ends the process (``SystemExit``) for --help, --version and what it cannot parse (code 2).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
+    try:
+        args = _parser(argv).parse_args(argv)
+        code = int(import_module(f"idm_fast.cli.{args.verb}").run(args))
+        sys.stdout.flush()  # a closed pipe shows here and not after the end
+        return code
+    except KeyboardInterrupt:
+        print("idm-fast: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"idm-fast: error: {text}", file=sys.stderr)
+        return 2 if isinstance(error, IdmFastError) else 1
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; of the verbs only one that ``argv`` names is filled in, since most of them import torch."""
+    parser = argparse.ArgumentParser(
+        prog="idm-fast",
+        description="Restores faces in photographs with diffusion models, fast.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"idm-fast {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in argv:
+            import_module(f"idm_fast.cli.{name}").add_arguments(verb)
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser

@@ -1,0 +1,111 @@
+"""idm-fast train: makes a model from a folder of faces."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+from idm_fast.config import PRESETS
+from idm_fast.errors import IdmFastError
+from idm_fast.training.losses import LossWeights
+from idm_fast.training.settings import TrainSettings
+
+_EXAMPLES = """examples:
+  idm-fast train intrinsic --data faces --out runs/mine --budget-minutes 60
+  idm-fast train intrinsic --data faces --out runs/mine             again: goes on where it stopped
+  idm-fast train intrinsic --data photos --align --out runs/mine    photographs, not aligned crops
+  torchrun --nproc-per-node 8 -m idm_fast train intrinsic --data faces --out runs/mine
+"""
+_DESCRIPTION = """Trains on sharp faces degraded at random. Stops at --steps, or after --budget-minutes with its state
+kept; the same command goes on exactly where it stopped and ends with the same weights."""
+_NUMBERS = {
+    "steps": "optimiser steps of the whole run",
+    "batch_size": "faces a step and process",
+    "learning_rate": "AdamW's, after warm-up",
+    "warmup": "steps of rising learning rate",
+    "decay_fraction": "last part of the run with falling learning rate",
+    "weight_decay": "AdamW's",
+    "grad_clip": "largest gradient norm",
+    "ema_decay": "of the averaged weights",
+    "pure_noise": "share of items that start from pure noise",
+    "rollout": "share of items that refine the model's own answer",
+    "min_native_px": "leave out crops enlarged from fewer pixels",
+    "seed": "of everything random",
+    "workers": "data loading processes",
+    "save_every": "steps between states",
+    "sheet_every": "steps between sheets",
+}
+_ALIGNED_PX = 256  # side of the crops that --align makes: the largest trainable preset's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Trains a model. The run's folder keeps its state."
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    t = kinds.add_parser(
+        "intrinsic", help="a conditional diffusion restorer (IDM, intrinsic part)",
+        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    d = TrainSettings(Path(), Path())
+    presets = sorted(name for name, config in PRESETS.items() if config.diffusion.prediction == "x0")
+    t.add_argument("--data", type=Path, required=True, help="aligned crops with faces.csv, or any folder of such crops")
+    t.add_argument("--out", type=Path, required=True, help="the run: state.pt, log.csv, sheets/, model.safetensors")
+    t.add_argument(
+        "--align", action="store_true", help="--data holds photographs: first cut the faces out to OUT/aligned"
+    )
+    t.add_argument("--preset", default=d.preset, choices=presets, help="network to train (default: %(default)s)")
+    t.add_argument("--budget-minutes", type=float, help="stop after this time, state kept")
+    for name, text in _NUMBERS.items():
+        value = getattr(d, name)
+        flag = f"--{name.replace('_', '-')}"
+        t.add_argument(flag, type=type(value), default=value, help=f"{text} (default: {value})")
+    t.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default=d.precision, help="default: %(default)s")
+    t.add_argument("--init-from", type=Path, help="model file to start from; tensors of other shapes start anew")
+    losses = t.add_argument_group("loss", "weights of its terms (0 leaves one out), and their settings")
+    for item in fields(LossWeights):
+        flag, kind = f"--loss-{item.name.replace('_', '-')}", type(item.default)
+        losses.add_argument(flag, type=kind, default=item.default, help=f"default: {item.default}")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.budget_minutes is not None and not args.budget_minutes > 0:
+        raise IdmFastError(f"--budget-minutes must be > 0, got {args.budget_minutes}")
+    values = {item.name: getattr(args, item.name) for item in fields(TrainSettings) if hasattr(args, item.name)}
+    values["loss"] = LossWeights(**{item.name: getattr(args, f"loss_{item.name}") for item in fields(LossWeights)})
+    if args.align:
+        values["data"] = args.out / "aligned"
+    settings = TrainSettings(**values)  # before the faces are cut out: wrong settings should not cost that time
+    if args.align:
+        _align(args.data, settings.data)
+
+    from idm_fast.training.intrinsic import Trainer  # heavy: only when training
+
+    Trainer(settings).run(args.budget_minutes)
+    return 0
+
+
+def _align(photographs: Path, crops: Path) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise IdmFastError(
+            "--align must run in one process, got one of several; align once without torchrun (a short "
+            f"--budget-minutes will do), then train with --data {crops}"
+        )
+    from idm_fast.faces.dataset import AlignReport, align_folder  # needs the detector
+
+    with tqdm(unit="photograph", file=sys.stderr, disable=None) as bar:
+
+        def progress(done: int, total: int, report: AlignReport) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"{report.crops} faces")
+            bar.update(done - bar.n)
+
+        report = align_folder(photographs, crops, size=_ALIGNED_PX, progress=progress)
+    print(
+        f"{crops}: {report.crops} faces from {report.photographs} photographs, {report.skipped} unreadable, "
+        f"{report.resumed} done before",
+        file=sys.stderr,
+    )

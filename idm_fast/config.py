@@ -1,0 +1,260 @@
+"""Frozen settings of a network and of its diffusion, and the named presets.
+
+A preset says everything that a checkpoint's tensors cannot say. ``from_dict`` refuses unknown keys, so that a
+misspelt or newer setting is never silently ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from idm_fast.errors import IdmFastError
+
+ConcatOrder = Literal["x_cond", "cond_x"]
+EmbeddingOrder = Literal["cos_sin", "sin_cos"]
+QkvOrder = Literal["qkv_heads", "heads_qkv"]
+Resample = Literal["conv", "resblock"]
+Prediction = Literal["eps", "v", "x0"]
+
+# Far above any real network; they keep a damaged or hostile file from asking for an endless one.
+_MOST_LEVELS, _MOST_BLOCKS = 10, 64
+
+
+def _at_least(config: object, name: str, least: int) -> None:
+    if getattr(config, name) < least:
+        raise IdmFastError(f"{name} must be >= {least}, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of one U-Net. Defaults are those of guided-diffusion.
+
+    ``image_size``: side in pixels the network was trained at. ``unshuffle``: factor of the pixel-unshuffle stem
+    (1 = none). ``channel_mult``, ``num_res_blocks``: per level, finest first; the first multiplier is 1.
+    ``attention_levels``: indices of levels with attention after each residual block, 0 = finest (the middle always
+    has one). ``num_head_channels``: width of one attention head, or 0 to use ``num_heads``. ``embed_channels``: width
+    of the time embedding, 0 = 4 x ``model_channels``. ``residual``: the output is added to the condition (the network
+    then predicts the change to make).
+    """
+
+    image_size: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: tuple[int, ...]
+    attention_levels: tuple[int, ...] = ()
+    in_channels: int = 3
+    cond_channels: int = 0
+    out_channels: int = 3
+    concat_order: ConcatOrder = "x_cond"
+    unshuffle: int = 1
+    residual: bool = False
+    num_heads: int = 1
+    num_head_channels: int = 0
+    qkv_order: QkvOrder = "qkv_heads"
+    qkv_bias: bool = True
+    embedding_order: EmbeddingOrder = "cos_sin"
+    embed_channels: int = 0
+    embed_silu: bool = True
+    use_scale_shift_norm: bool = True
+    resample: Resample = "conv"
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    num_classes: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "model_channels", "in_channels", "out_channels", "unshuffle", "num_heads"):
+            _at_least(self, name, 1)
+        for name in ("cond_channels", "num_head_channels", "embed_channels", "num_classes"):
+            _at_least(self, name, 0)
+        _at_least(self, "norm_groups", 1)
+        levels = len(self.channel_mult)
+        if not 1 <= levels <= _MOST_LEVELS or self.channel_mult[0] != 1 or min(self.channel_mult) < 1:
+            raise IdmFastError(
+                f"channel_mult must be 1 to {_MOST_LEVELS} whole numbers that start with 1, got {self.channel_mult}"
+            )
+        if len(self.num_res_blocks) != levels or not all(1 <= n <= _MOST_BLOCKS for n in self.num_res_blocks):
+            raise IdmFastError(
+                f"num_res_blocks must have one entry in 1..{_MOST_BLOCKS} per level of channel_mult = {levels} "
+                f"entries, got {self.num_res_blocks}"
+            )
+        wrong = [level for level in self.attention_levels if not 0 <= level < levels]
+        if wrong:
+            raise IdmFastError(f"attention_levels must lie in 0..{levels - 1}, got {wrong}")
+        if self.model_channels % 2:
+            raise IdmFastError(f"model_channels must be even (half cosines, half sines), got {self.model_channels}")
+        if self.image_size % self.size_multiple:
+            raise IdmFastError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
+        if self.residual and self.cond_channels != self.out_channels:
+            raise IdmFastError(
+                f"residual needs cond_channels = out_channels = {self.out_channels}, got {self.cond_channels}"
+            )
+        if not self.norm_eps > 0 or not 0 <= self.dropout < 1:
+            raise IdmFastError(
+                f"norm_eps must be > 0 and dropout in [0, 1), got norm_eps {self.norm_eps}, dropout {self.dropout}"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of an input must be multiples of this."""
+        return int(self.unshuffle * 2 ** (len(self.channel_mult) - 1))
+
+    @property
+    def embed_width(self) -> int:
+        return self.embed_channels or 4 * self.model_channels
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise schedule a network was trained with, and what it predicts.
+
+    ``schedule``: ``cosine_continuous`` (alpha = cos(pi t / 2)), or a discrete ``linear`` / ``cosine`` table of
+    ``train_steps`` entries (``beta_start``, ``beta_end`` for linear). ``noise_level``: the network is conditioned
+    on sqrt(alpha_bar) as in SR3 instead of on the time.
+    """
+
+    schedule: Literal["cosine_continuous", "linear", "cosine"] = "linear"
+    prediction: Prediction = "eps"
+    train_steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    noise_level: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, "train_steps", 1)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise IdmFastError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A network, its diffusion, and the sampling settings it is at its best with."""
+
+    name: str
+    unet: UNetConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: str = "ddim"
+    steps: int = 50
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "steps", 1)
+        if not 0 < self.strength <= 1:
+            raise IdmFastError(f"strength must lie in (0, 1], got {self.strength}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Config = TypeVar("Config", UNetConfig, DiffusionConfig, ModelConfig)
+
+
+def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
+    """Builds ``cls`` from plain values (as JSON gives them); ``where`` names their origin in errors.
+
+    Raises ``IdmFastError`` naming any unknown or missing key, a value of another type, or one that is not allowed.
+    """
+    if not isinstance(values, dict):
+        raise IdmFastError(f"{where}: must hold a table of {cls.__name__} keys, got {_shown(values)}")
+    known = {item.name for item in fields(cls)}
+    unknown = sorted(map(str, set(values) - known))
+    if unknown:
+        raise IdmFastError(f"{where}: unknown {cls.__name__} keys {unknown}; known are {sorted(known)}")
+    hints = get_type_hints(cls)
+    made = {key: _typed(hints[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return cls(**made)
+    except TypeError as error:  # a key without a default is missing
+        raise IdmFastError(f"{where}: {error}") from None
+    except IdmFastError as error:
+        raise IdmFastError(f"{where}: {error}") from None
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """``value`` as the type ``hint`` of a field asks; JSON's lists become tuples and its whole numbers floats."""
+    if is_dataclass(hint):
+        return from_dict(hint, value, name)  # type: ignore[type-var,arg-type,unused-ignore]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise IdmFastError(f"{name} must be one of {get_args(hint)}, got {_shown(value)}")
+        return value
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(int, item, name) for item in value)
+    if hint is float and (whole or (isinstance(value, float) and math.isfinite(value))):
+        return float(value)
+    if (hint is int and whole) or (hint in (bool, str) and isinstance(value, hint)):
+        return value
+    wanted = "a list of whole numbers" if get_origin(hint) is tuple else hint.__name__
+    raise IdmFastError(f"{name} must be {wanted}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+_OURS = DiffusionConfig(schedule="cosine_continuous", prediction="x0")
+
+
+def _idm(image_size: int, unshuffle: int) -> UNetConfig:
+    # Multiples of 64 channels and one attention, at 16 x 16: few distinct shapes, all friendly to matrix units. Every
+    # size runs the same inner network at 64 x 64 and below, so a larger picture costs no more. 7.6 M parameters
+    # keep the fp16 file under 16 MB.
+    return UNetConfig(
+        image_size=image_size, model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=(1, 2, 1),
+        cond_channels=3, unshuffle=unshuffle, residual=True, num_head_channels=64,
+        embed_channels=128,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "idm-128": ModelConfig("idm-128", _idm(128, 2), _OURS),
+    "idm-256": ModelConfig("idm-256", _idm(256, 4), _OURS),
+    "sr3-128": ModelConfig(
+        "sr3-128",
+        UNetConfig(
+            image_size=128, model_channels=64, channel_mult=(1, 2, 4, 8, 8), num_res_blocks=(2,) * 5,
+            attention_levels=(3,), cond_channels=3, concat_order="cond_x", embedding_order="sin_cos",
+            embed_channels=64, embed_silu=False, use_scale_shift_norm=False, qkv_order="heads_qkv", qkv_bias=False,
+        ),
+        DiffusionConfig(train_steps=2000, beta_start=1e-6, beta_end=1e-2, noise_level=True), "ddpm", 2000,
+    ),
+    "sr3-512": ModelConfig(
+        "sr3-512",
+        UNetConfig(
+            image_size=512, model_channels=64, channel_mult=(1, 2, 4, 8, 16), num_res_blocks=(1,) * 5,
+            cond_channels=3, concat_order="cond_x", embedding_order="sin_cos", embed_channels=64, embed_silu=False,
+            use_scale_shift_norm=False, qkv_order="heads_qkv", qkv_bias=False, norm_groups=16,
+        ),
+        DiffusionConfig(train_steps=2000, beta_start=1e-6, beta_end=1e-2, noise_level=True), "ddpm", 2000,
+    ),
+    "gd-256": ModelConfig(
+        "gd-256",
+        UNetConfig(
+            image_size=256, model_channels=128, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=(2,) * 6,
+            attention_levels=(3, 4, 5), out_channels=6, num_head_channels=64, qkv_order="heads_qkv",
+            resample="resblock",
+        ),
+        DiffusionConfig(), "ddpm", 250,
+    ),
+    "difface-512": ModelConfig(
+        "difface-512",
+        UNetConfig(
+            image_size=512, model_channels=32, channel_mult=(1, 2, 4, 8, 8, 16, 16),
+            num_res_blocks=(1, 2, 2, 2, 2, 3, 4), attention_levels=(4, 5, 6), out_channels=6, num_head_channels=64,
+            qkv_order="heads_qkv",
+        ),
+        DiffusionConfig(), "ddpm", 250,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset called ``name``; an unknown name raises ``IdmFastError`` with the list of known ones."""
+    if name not in PRESETS:
+        raise IdmFastError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+    return PRESETS[name]

@@ -1,0 +1,31 @@
+"""Diffusion: schedules, what the network predicts, solvers as coefficient tables, and the one sampling loop.
+
+schedule.py          alpha_t, sigma_t, log SNR, what the network is told about the time
+spacing.py           which times a sampler visits, respaced chains
+parameterisation.py  eps | v | x0
+samplers/            one file a solver, and ``build_table``
+table.py             SamplerTable: all a run needs, known before it starts
+loop.py              sample: network, fused update, network, fused update, ...
+"""
+
+from idm_fast.diffusion.loop import initial_noise, noised_start, sample
+from idm_fast.diffusion.parameterisation import PARAMETERISATIONS, Parameterisation
+from idm_fast.diffusion.samplers import SOLVERS, build_table
+from idm_fast.diffusion.schedule import Schedule
+from idm_fast.diffusion.spacing import SPACINGS, Spacing, respace
+from idm_fast.diffusion.table import SamplerTable
+
+__all__ = [
+    "PARAMETERISATIONS",
+    "SOLVERS",
+    "SPACINGS",
+    "Parameterisation",
+    "SamplerTable",
+    "Schedule",
+    "Spacing",
+    "build_table",
+    "initial_noise",
+    "noised_start",
+    "respace",
+    "sample",
+]

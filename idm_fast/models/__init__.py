@@ -1,0 +1,1 @@
+"""Networks as plain torch modules: used for training, and the numerical truth for every faster form."""

@@ -1,0 +1,46 @@
+"""The list of fused operations: ``OPS`` maps a name to its table of backends.
+
+The operations themselves live in ``idm_fast.kernels``, one folder each, and are re-exported here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from idm_fast.kernels import (
+    BACKENDS,
+    BackendError,
+    ContractError,
+    attention,
+    group_norm_silu,
+    philox_normal,
+    sampler_update,
+    use_backend,
+)
+from idm_fast.kernels.case import Suite
+from idm_fast.kernels.dispatch import Op
+
+NAMES = ("group_norm_silu", "attention", "sampler_update")
+
+OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}
+
+
+def suite(name: str) -> Suite:
+    """The cases of an operation and how to judge them: what tests and benchmarks run."""
+    found: Suite = import_module(f"idm_fast.kernels.{name}.cases").SUITE
+    return found
+
+
+__all__ = [
+    "BACKENDS",
+    "NAMES",
+    "OPS",
+    "BackendError",
+    "ContractError",
+    "attention",
+    "group_norm_silu",
+    "philox_normal",
+    "sampler_update",
+    "suite",
+    "use_backend",
+]

@@ -1,0 +1,198 @@
+"""``Restorer``: a photograph in, the photograph with its faces restored out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from idm_fast import registry
+from idm_fast.crops import CropRestorer, SampleSettings
+from idm_fast.errors import IdmFastError
+from idm_fast.faces.align import AlignedFace
+from idm_fast.faces.detect import FaceDetector
+from idm_fast.faces.pipeline import crop_of, find_faces, paste_faces, upscaled, whole_picture
+from idm_fast.images import Picture, picture_from_array, picture_from_pil, read_image
+from idm_fast.options import OUTPUT_TYPES, RestoreOptions, seed_from
+from idm_fast.result import RestoredFace, Result, as_output, describe
+
+ImageLike = str | Path | Image.Image | np.ndarray | Picture
+Progress = Callable[[int, int], None]
+
+__all__ = ["OUTPUT_TYPES", "ImageLike", "RestoreOptions", "RestoredFace", "Restorer", "Result", "as_picture"]
+
+
+class Restorer:
+    """Finds, aligns, restores and pastes back the faces of photographs.
+
+    >>> restorer = Restorer.from_pretrained("idm-face")
+    >>> result = restorer.restore("photo.jpg", num_inference_steps=4)
+    >>> result.save("restored.png")
+    """
+
+    def __init__(self, models: list[CropRestorer], detector: FaceDetector | None = None) -> None:
+        self.models = models
+        self._detector = detector
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = registry.DEFAULT_MODEL,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        backend: str | None = None,
+    ) -> Restorer:
+        """A restorer from a shipped family or model, or from a ``.safetensors`` file.
+
+        A family ("idm-face") holds a model per face size and picks one for each face. ``device``: "cpu" or "cuda";
+        ``dtype``: "fp32", "bf16" or "fp16" (CUDA); ``backend``: forces one kernel back end, or several in order of
+        preference ("cpu,torch"). All default to the fastest sound choice. Raises ``IdmFastError`` for unknown names,
+        broken files, and back ends of which none can run some operation here.
+        """
+        return cls(registry.load_models(name_or_path, registry.Target(device, dtype, backend)))
+
+    @property
+    def detector(self) -> FaceDetector:
+        """Made at the first photograph, so that aligned crops need no detector."""
+        if self._detector is None:
+            self._detector = FaceDetector()
+        return self._detector
+
+    def restore(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        num_inference_steps: int | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        strength: float | None = None,
+        seed: int = 0,
+        generator: torch.Generator | int | None = None,
+        face: str = "all",
+        blend: float = 1.0,
+        upscale: float = 1.0,
+        aligned: bool = False,
+        batch_size: int = 8,
+        output_type: str = "pil",
+        progress: Progress | None = None,
+    ) -> Any:
+        """Restores one picture (a ``Result``) or several (a list of them, in order).
+
+        - ``images``: paths, Pillow images, arrays (uint8, uint16, or float32 in 0..1; [H, W] or [H, W, 1 to 4]) or
+          ``Picture``. All faces of all pictures go through the network together, ``batch_size`` at a time.
+        - ``num_inference_steps``, ``sampler``, ``eta``, ``strength``: None is the model's own default. ``strength`` in
+          (0, 1]: 1 starts from pure noise, less from the noised input.
+        - ``seed``: face k of every picture, largest first, draws its noise from seed + k, so a result does not depend
+          on what it was batched with. ``generator``, as diffusers has it, takes the place of ``seed``: a number is
+          the seed, a ``torch.Generator`` gives one.
+        - ``face``, ``blend``, ``upscale``, ``aligned``: as in ``RestoreOptions``.
+        - ``output_type``: what ``Result.image`` is. "pil": 8 bits; "np": uint8, or uint16 of a 16-bit picture;
+          "picture": a ``Picture``.
+        - ``progress(done, all)`` counts network evaluations.
+
+        Raises ``IdmFastError`` naming the option or the picture that is wrong. Options are checked first, so an empty
+        list checks them and does nothing else.
+        """
+        seed = seed if generator is None else seed_from(generator)
+        options = RestoreOptions(face, blend, upscale, aligned, batch_size, seed, output_type)
+        settings = SampleSettings(num_inference_steps, sampler, eta, strength)
+        for model in self.models:
+            model.evaluations(settings)  # builds its table, or says what is wrong
+        detector = None if aligned else self.detector
+        if isinstance(images, str | Path | Image.Image | np.ndarray | Picture) or not isinstance(images, Iterable):
+            return self._restore([as_picture(images)], options, settings, detector, progress)[0]
+        pictures = [as_picture(image, f"images[{i}]") for i, image in enumerate(images)]
+        return self._restore(pictures, options, settings, detector, progress)
+
+    def _restore(
+        self,
+        pictures: list[Picture],
+        options: RestoreOptions,
+        settings: SampleSettings,
+        detector: FaceDetector | None,
+        progress: Progress | None,
+    ) -> list[Result]:
+        found, detect_ms = [], []
+        for picture in pictures:
+            started = time.perf_counter()
+            whole = detector is None
+            found.append([whole_picture(picture)] if whole else find_faces(picture, detector, options.face))
+            detect_ms.append(1000 * (time.perf_counter() - started))
+        started = time.perf_counter()
+        jobs = [(index, face, k) for index, faces in enumerate(found) for k, face in enumerate(faces)]
+        chosen = [registry.choose(self.models, face.native_px) for _, face, _ in jobs]
+        before, restored = self._run(pictures, jobs, chosen, options, settings, progress)
+        network_ms = 1000 * (time.perf_counter() - started) / max(1, len(jobs))
+
+        results = []
+        for index, (picture, faces) in enumerate(zip(pictures, found, strict=True)):
+            started = time.perf_counter()
+            mine = [n for n, job in enumerate(jobs) if job[0] == index]
+            base, moved = upscaled(picture, faces, options.upscale)
+            if mine:
+                base = paste_faces(
+                    base, moved, [restored[n] for n in mine], originals=[before[n] for n in mine],
+                    blend=options.blend, aligned=options.aligned,
+                )  # fmt: skip
+            described = [
+                describe(face, chosen[n].config.name, settings.resolved(chosen[n].config).steps or 0)
+                for face, n in zip(faces, mine, strict=True)
+            ]
+            image = as_output(base, options.output_type)
+            times = {"detect": detect_ms[index], "network": network_ms * len(mine)}
+            times["paste"] = 1000 * (time.perf_counter() - started)
+            notes = list(picture.notes) + ([] if mine else ["no face found"])
+            changed = bool(mine) or base is not picture
+            results.append(Result(image, base, described, times, notes, changed))
+        return results
+
+    def _run(
+        self,
+        pictures: list[Picture],
+        jobs: list[tuple[int, AlignedFace, int]],
+        chosen: list[CropRestorer],
+        options: RestoreOptions,
+        settings: SampleSettings,
+        progress: Progress | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Crops [3, S, S] before and after, in the order of ``jobs``; each model's faces go in batches of their own."""
+        before_crops: list[Tensor] = [torch.empty(0)] * len(jobs)
+        restored: list[Tensor] = [torch.empty(0)] * len(jobs)
+        evaluations = sum(model.evaluations(settings) for model in chosen)
+        done = 0
+        for model in dict.fromkeys(chosen):
+            numbers = [n for n, which in enumerate(chosen) if which is model]
+            for first in range(0, len(numbers), options.batch_size):
+                batch = numbers[first : first + options.batch_size]
+                y = torch.stack([crop_of(pictures[jobs[n][0]], jobs[n][1], model.size) for n in batch])
+                seeds = torch.tensor([int(options.seed) + jobs[n][2] for n in batch], dtype=torch.int64)
+                before = done
+
+                def report(e: int, before: int = before, size: int = len(batch)) -> None:
+                    if progress is not None:
+                        progress(before + (e + 1) * size, evaluations)
+
+                for n, crop, out in zip(batch, y, model.restore(y, seeds, settings, report), strict=True):
+                    before_crops[n], restored[n] = crop, out
+                done = before + model.evaluations(settings) * len(batch)
+        return before_crops, restored
+
+
+def as_picture(image: ImageLike, name: str = "image") -> Picture:
+    """Reads, wraps or passes on; raises ``IdmFastError``, with the path or ``name``, for what is not a picture."""
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return picture_from_pil(image, name)
+    if isinstance(image, np.ndarray):
+        return picture_from_array(image, name)
+    raise IdmFastError(f"{name} must be a path, a Pillow image, an array or a Picture, got {type(image).__name__}")

@@ -1,0 +1,1 @@
+"""Makes the models: degradation, data, losses, the loop."""

@@ -1,0 +1,189 @@
+"""Trains a conditional diffusion restorer: the intrinsic part of IDM (2307.08996).
+
+Everything random follows from the seed and the item's position in the run: a run that is stopped and resumed ends
+with the same weights as one that was not (bit for bit on a CPU), and N processes see what one with N times the batch
+would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from idm_fast.checkpoints import native
+from idm_fast.config import PRESETS, ModelConfig, preset
+from idm_fast.diffusion.schedule import Schedule
+from idm_fast.errors import IdmFastError
+from idm_fast.kernels import philox_normal
+from idm_fast.models.unet import UNet
+from idm_fast.training import distributed, sheet
+from idm_fast.training.data import FacePairs, list_faces
+from idm_fast.training.ema import Ema
+from idm_fast.training.log import Log
+from idm_fast.training.losses import RestorationLoss
+from idm_fast.training.settings import TrainSettings
+from idm_fast.training.state import load_state, save_state
+from idm_fast.training.warm_start import warm_start
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
+_STEP_NOISE, _START_NOISE = 0, 1  # streams of an item's noise
+
+
+def trainable(name: str) -> ModelConfig:
+    """The preset ``name`` if this loop can train it: conditioned on a picture, predicting x0."""
+    config = preset(name)
+    fit = [key for key, c in PRESETS.items() if c.unet.cond_channels == 3 and c.diffusion.prediction == "x0"]
+    if name not in fit:
+        raise IdmFastError(f"preset must be a restorer that predicts x0 = one of {sorted(fit)}, got {name!r}")
+    return config
+
+
+class Trainer:
+    """One run: ``Trainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
+
+    Raises ``IdmFastError`` before any work for data, settings or a state that do not fit.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+        self.config = trainable(settings.preset)
+        if settings.out.exists() and not settings.out.is_dir():
+            raise IdmFastError(f"{settings.out}: must be a folder or a new name, got a file")
+        self.faces = list_faces(settings.data, "train", settings.min_native_px)
+        self.group = distributed.join()
+        self.device = self.group.device
+        if self.device.type == "cpu" and settings.precision == "fp16":
+            raise IdmFastError("precision must be fp32 or bf16 on a CPU, got fp16")
+        torch.manual_seed(settings.seed)
+        self.model = UNet(self.config.unet).to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.state_file = settings.out / "state.pt"
+        resumed = self.state_file.exists()
+        if settings.init_from is not None and not resumed:
+            warm_start(self.model, settings.init_from)
+        self.ema = Ema(self.model, settings.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.schedule = Schedule.from_config(self.config.diffusion)
+        self.step, self.seconds = load_state(self.state_file, self) if resumed else (0, 0.0)
+        if self.step > settings.steps:
+            raise IdmFastError(f"{self.state_file}: steps must be >= the {self.step} done, got {settings.steps}")
+        main = self.group.agree(self.step)
+        if self.step != main:
+            raise IdmFastError(
+                f"{self.state_file}: every process must read the same state = step {main}, got {self.step}"
+            )
+        self.loss = RestorationLoss(settings.loss).to(self.device)
+        self.network: nn.Module = self.group.wrap(self.model)
+
+    def run(self, budget_minutes: float | None = None) -> None:
+        """Trains to ``settings.steps``, or until ``budget_minutes`` have passed (the state is kept: run again).
+
+        Either way ``out / model.safetensors`` holds the averaged weights at the end.
+        """
+        s, main = self.settings, self.group.is_main
+        started, before = time.monotonic(), self.seconds
+        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=not main, smoothing=0.02)
+        with bar, Log(s.out, main, self.step) as log:
+            for x0, y in self._batches():
+                terms = self._step(x0, y)
+                self.step += 1
+                self.seconds = before + time.monotonic() - started
+                over = budget_minutes is not None and self.seconds - before > 60 * budget_minutes
+                last = bool(self.group.agree(over)) or self.step == s.steps
+                log.add(self.step, self.seconds, s.learning_rate_at(self.step - 1), terms, last)
+                bar.update()
+                bar.set_postfix(log.shown())
+                if main and (last or self.step % s.save_every == 0):
+                    save_state(self.state_file, self)
+                if main and (self.step % s.sheet_every == 0 or self.step == s.steps):
+                    sheet.draw(self.ema.model, self.config, s.data, s.out / "sheets" / f"{self.step:06d}.png")
+                if last:
+                    break
+        if main:
+            self.export()
+            more = "" if self.step == s.steps else "; the same command goes on"
+            print(f"{s.out}: step {self.step} of {s.steps}, wrote model.safetensors{more}", file=sys.stderr)
+        self.group.leave()
+
+    def export(self) -> None:
+        """Writes the averaged weights as ``out / model.safetensors`` in fp16."""
+        notes = {"settings": self.settings.notes(), "steps": self.step, "hours": round(self.seconds / 3600, 3)}
+        native.save(self.settings.out / "model.safetensors", self.ema.model, self.config, notes, torch.float16)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        s, group = self.settings, self.group
+        total = s.steps * s.batch_size * group.size
+        cache = _CACHE_BYTES // max(1, s.workers)
+        pairs = FacePairs(self.faces, self.config.unet.image_size, total, s.seed, cache_bytes=cache)
+        mine = Subset(pairs, range(self._first() + group.rank, total, group.size))
+        yield from DataLoader(mine, s.batch_size, num_workers=s.workers, pin_memory=self.device.type == "cuda")
+
+    def _first(self) -> int:
+        """Position in the run of this step's first item; process r of n has items r, r + n, r + 2n, ... of a step."""
+        return self.step * self.settings.batch_size * self.group.size
+
+    def _step(self, x0: Tensor, y: Tensor) -> dict[str, float]:
+        s, group = self.settings, self.group
+        rng = np.random.default_rng((s.seed, 3, self.step))  # alike in every process
+        u = rng.random(x0.shape[0] * group.size)[group.rank :: group.size]
+        side = max(1, x0.shape[-1] - s.loss.vgg_crop + 1)
+        corner = (int(rng.integers(side)), int(rng.integers(side)))
+        torch.manual_seed(int(rng.integers(2**31)) + group.rank)  # of dropout
+        x0, y = x0.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        x_t, t, snr = self._noised(x0, y, u)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = s.learning_rate_at(self.step)
+        with self._autocast():
+            terms = self.loss(self.network(x_t, t, y), x0, snr, corner)
+        total = torch.stack(list(terms.values())).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
+        figures = torch.stack([*(term.detach().float() for term in terms.values()), norm]).tolist()  # the one wait
+        if math.isfinite(figures[-1]):  # one bad batch must not end a run; the log shows it
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update(self.model, self.step)
+        return dict(zip([*terms, "grad_norm"], figures, strict=True))
+
+    def _noised(self, x0: Tensor, y: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, the network's time and the SNR of a batch; the first items start from pure noise, the last roll out."""
+        s, group = self.settings, self.group
+        count, channels, height, width = x0.shape
+        u = u.copy()
+        u[: round(s.pure_noise * count)] = 1.0
+        signal, noise = self.schedule.alpha_sigma(u)
+        alpha = torch.from_numpy(signal).float().to(self.device)
+        sigma = torch.from_numpy(noise).float().to(self.device)
+        t = torch.from_numpy(self.schedule.network_time(u)).float().to(self.device)
+        first = self._first() + group.rank
+        seeds = torch.arange(first, first + count * group.size, group.size) + ((s.seed % 2**22) << 40)
+        eps = philox_normal(seeds, (count, channels, height, width), _STEP_NOISE, self.device)
+        source = x0
+        rolled = round(s.rollout * count)
+        if rolled:
+            start = philox_normal(seeds[-rolled:], (rolled, channels, height, width), _START_NOISE, self.device)
+            with torch.no_grad(), self._autocast():
+                latest = torch.full_like(t[:rolled], float(self.schedule.network_time(1.0)))
+                answer = self.model(start, latest, y[-rolled:])
+            source = torch.cat([x0[:-rolled], answer.float()])
+        x_t = alpha[:, None, None, None] * source + sigma[:, None, None, None] * eps
+        return x_t, t, (alpha / sigma.clamp(min=1e-4)).square()
+
+    def _autocast(self) -> Any:
+        dtype = _AUTOCAST.get(self.settings.precision)
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -1,0 +1,25 @@
+"""Fused operations, one folder each, with one contract and several backends. See README.md beside this file."""
+
+from __future__ import annotations
+
+if __name__ != "idm_fast.kernels":
+    # PyPI's `kernels` is somebody else's package; under that name ours would shadow it or half work.
+    raise ImportError(f"this folder is the package idm_fast.kernels and must not be imported as {__name__!r}")
+
+from idm_fast.kernels import extension as extension  # warns once where the native module is missing
+from idm_fast.kernels.attention import attention
+from idm_fast.kernels.check import ContractError
+from idm_fast.kernels.dispatch import BACKENDS, BackendError, use_backend
+from idm_fast.kernels.group_norm_silu import group_norm_silu
+from idm_fast.kernels.sampler_update import philox_normal, sampler_update
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "ContractError",
+    "attention",
+    "group_norm_silu",
+    "philox_normal",
+    "sampler_update",
+    "use_backend",
+]

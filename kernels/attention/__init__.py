@@ -1,0 +1,82 @@
+"""Scaled dot-product attention over the positions of an image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.kernels import check
+from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
+from idm_fast.kernels.interpreter import triton_condition
+
+NAME = "attention"
+MAX_TRITON_HEAD = 256
+
+
+def attention(
+    q: Tensor,  # [N, L, heads, d]
+    k: Tensor,  # [N, S, heads, d]
+    v: Tensor,  # [N, S, heads, d]
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,  # [N, L, heads, d] contiguous
+) -> Tensor:
+    """softmax(q k^T * scale) v for each sample and head; ``scale`` is d**-0.5 by default.
+
+    q, k and v may be views of one packed tensor: only their last dimension must be dense. The result is contiguous,
+    of q's dtype. Softmax and sums run in float32 or better. No mask: every position sees every other.
+
+    Raises ``ContractError`` for arguments outside the contract and ``BackendError`` where no backend can run.
+    Source: Vaswani et al., "Attention Is All You Need", equation 1.
+    """
+    check.no_autograd(NAME, q, k, v, out)
+    if q.dim() != 4:
+        check.fail(NAME, "q", "4-dimensional", "[N, L, heads, d]", list(q.shape))
+    check.floating(NAME, "q", q)
+    n, length, heads, d = q.shape
+    if k.dim() != 4:
+        check.fail(NAME, "k", "4-dimensional", "[N, S, heads, d]", list(k.shape))
+    check.shape_is(NAME, "k", k, "[N, S, heads, d]", (n, k.shape[1], heads, d))
+    check.shape_is(NAME, "v", v, "of k's shape", k.shape)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check.last_dim_dense(NAME, name, tensor)
+        check.dtype_in(NAME, name, tensor, (q.dtype,))
+        check.device_is(NAME, name, tensor, q.device)
+    if k.shape[1] == 0 or d == 0:
+        check.fail(NAME, "k", "of at least one position and channel", "S >= 1 and d >= 1", list(k.shape))
+    if out is not None:
+        check.shape_is(NAME, "out", out, "of q's shape", q.shape)
+        check.dtype_in(NAME, "out", out, (q.dtype,))
+        check.device_is(NAME, "out", out, q.device)
+        if not out.is_contiguous():
+            check.fail(NAME, "out", "contiguous", "True", "False")
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            check.apart(NAME, "out", out, name, tensor)
+    if q.numel() == 0:
+        return torch.empty((n, length, heads, d), dtype=q.dtype, device=q.device) if out is None else out
+    result: Tensor = OP.run(q.device, q.dtype, q, k, v, d**-0.5 if scale is None else scale, out)
+    return result
+
+
+def _triton_limits(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None) -> str | None:
+    d = q.shape[-1]
+    return None if d <= MAX_TRITON_HEAD else f"takes heads of width <= {MAX_TRITON_HEAD}, not {d}"
+
+
+OP = Op(
+    NAME,
+    "softmax(q k^T * scale) v",
+    [
+        Backend(
+            "triton",
+            f"{__name__}.triton_kernel:attention",
+            frozenset({"cuda", "cpu"}),
+            FLOATS,
+            min_capability=(8, 0),
+            limits=_triton_limits,
+            condition=triton_condition,
+        ),
+        Backend("torch", f"{__name__}.torch_backend:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
+        Backend("reference", f"{__name__}.reference:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
+    ],
+)

@@ -1,0 +1,47 @@
+"""The native module ``_C``, where it was built, and how tensors are handed to it."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+native: ModuleType | None
+missing: str | None
+try:
+    from idm_fast import _C
+except ImportError as error:
+    native = None
+    missing = (
+        f"the native module idm_fast._C is missing ({error}); build it with: pip install --no-build-isolation -e ."
+    )
+    warnings.warn(
+        f"idm_fast runs without its native module, slower: {error}. Reinstall it where a C++ compiler is found.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+else:
+    native, missing = _C, None
+    _C.cpu_isa()  # an IDM_FAST_CPU_ISA that cannot run here is an error now, not in the middle of a picture
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}
+
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def require_native() -> ModuleType:
+    """The native module, or the ImportError that tells dispatch why its backends are not available."""
+    if native is None:
+        raise ImportError(missing)
+    return native
+
+
+def view(tensor: Tensor) -> View:
+    """(address, dtype code, shape, strides in elements): all that native code learns of a tensor."""
+    return tensor.data_ptr(), _CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def optional_view(tensor: Tensor | None) -> View | None:
+    return None if tensor is None else view(tensor)

@@ -1,0 +1,31 @@
+"""CPU kernel: csrc/sampler_update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.kernels.extension import optional_view, require_native, view
+
+native = require_native()
+
+
+def sampler_update(
+    x: Tensor,  # [N, C, H, W] channels_last
+    model_output: Tensor,  # [N, C, H, W] channels_last
+    history: Tensor,  # [N, C, H, W] channels_last
+    table: Tensor,  # [T, 8]
+    step: int,
+    seeds: Tensor,  # [N]
+    network_input: Tensor | None,  # [N, C, H, W] channels_last
+) -> None:
+    native.sampler_update(
+        view(x),
+        view(model_output),
+        view(history),
+        view(table),
+        step,
+        view(seeds),
+        optional_view(network_input),
+        torch.get_num_threads(),
+    )
