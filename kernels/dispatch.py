@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "xformers", "torch", "reference")
 NOT_WRITTEN = "not written for this operation"
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})

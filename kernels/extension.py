@@ -26,7 +26,15 @@ else:
     native, missing = _C, None
     _C.cpu_isa()  # an IDM_FAST_CPU_ISA that cannot run here is an error now, not in the middle of a picture
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}
+_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int64: 3,
+    torch.int8: 4,
+    torch.int32: 5,
+    torch.float8_e4m3fn: 6,
+}
 
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 

@@ -19,7 +19,7 @@ struct type_caster<idm::TensorView> {
     const long dtype = PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1));
     PyObject* shape = PyTuple_GET_ITEM(tuple, 2);
     PyObject* stride = PyTuple_GET_ITEM(tuple, 3);
-    if (PyErr_Occurred() || dtype < 0 || dtype > 3 || !PyTuple_Check(shape) || !PyTuple_Check(stride)) return fail();
+    if (PyErr_Occurred() || dtype < 0 || dtype >= idm::kDTypes || !PyTuple_Check(shape) || !PyTuple_Check(stride)) return fail();
     const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
     if (ndim > idm::kMaxDims || PyTuple_GET_SIZE(stride) != ndim) return fail();
     value.data = reinterpret_cast<char*>(address);

@@ -38,6 +38,6 @@ inline bool same_shape(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-inline bool is_float(const TensorView& t) { return t.dtype != DType::kInt64; }
+inline bool is_float(const TensorView& t) { return static_cast<int>(t.dtype) < kFloatTypes; }
 
 }  // namespace idm

@@ -5,10 +5,11 @@
 
 namespace idm {
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt64 = 3 };
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt64 = 3, kInt8 = 4, kInt32 = 5, kFloat8 = 6 };
+constexpr int kDTypes = 7;  // kFloat8 is e4m3
 constexpr int kFloatTypes = 3;  // the first three index the kernel tables
 
-constexpr int kMaxDims = 4;
+constexpr int kMaxDims = 5;
 
 // Used in files compiled for AVX-512 and for the baseline alike. A copy that is not inlined would be one symbol for all
 // of them, and the linker could keep the AVX-512 one.
@@ -34,7 +35,8 @@ struct TensorView {
 };
 
 inline int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt64 ? 8 : 2;
+  constexpr int64_t kSizes[kDTypes] = {4, 2, 2, 8, 1, 4, 1};
+  return kSizes[static_cast<int>(dtype)];
 }
 
 }  // namespace idm
