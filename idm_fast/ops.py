@@ -10,9 +10,12 @@ from importlib import import_module
 from idm_fast.kernels import (
     BACKENDS,
     BackendError,
+    ChannelStats,
     ContractError,
     attention,
+    channel_stats,
     group_norm_silu,
+    norm_coefficients,
     philox_normal,
     sampler_update,
     use_backend,
@@ -20,7 +23,13 @@ from idm_fast.kernels import (
 from idm_fast.kernels.case import Suite
 from idm_fast.kernels.dispatch import Op
 
-NAMES = ("group_norm_silu", "attention", "sampler_update")
+NAMES = (
+    "group_norm_silu",
+    "channel_stats",
+    "norm_coefficients",
+    "attention",
+    "sampler_update",
+)
 
 OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}
 
@@ -36,9 +45,12 @@ __all__ = [
     "NAMES",
     "OPS",
     "BackendError",
+    "ChannelStats",
     "ContractError",
     "attention",
+    "channel_stats",
     "group_norm_silu",
+    "norm_coefficients",
     "philox_normal",
     "sampler_update",
     "suite",

@@ -8,17 +8,22 @@ if __name__ != "idm_fast.kernels":
 
 from idm_fast.kernels import extension as extension  # warns once where the native module is missing
 from idm_fast.kernels.attention import attention
+from idm_fast.kernels.channel_stats import ChannelStats, channel_stats
 from idm_fast.kernels.check import ContractError
 from idm_fast.kernels.dispatch import BACKENDS, BackendError, use_backend
 from idm_fast.kernels.group_norm_silu import group_norm_silu
+from idm_fast.kernels.norm_coefficients import norm_coefficients
 from idm_fast.kernels.sampler_update import philox_normal, sampler_update
 
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "ChannelStats",
     "ContractError",
     "attention",
+    "channel_stats",
     "group_norm_silu",
+    "norm_coefficients",
     "philox_normal",
     "sampler_update",
     "use_backend",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Inputs = dict[str, Any]  # keyword arguments of the public function
+Inputs = dict[str, Any]  # keyword arguments of the public function: tensors, tuples of tensors, plain values
 Outputs = dict[str, Tensor]
 
 
@@ -23,6 +23,7 @@ class Case:
     bytes_moved: Callable[[torch.dtype], int]  # least traffic: every input read once, every output written once
     flops: int = 0
     layer: bool = False  # a real layer: worth timing
+    timed_only: bool = False  # too large for the tests, which run every other case in every way
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Inputs:
         made = self.make(dtype, torch.Generator().manual_seed(seed))
@@ -39,6 +40,10 @@ class Suite:
     call: Callable[[Inputs], Outputs]  # the same on copies of what it overwrites, into NaN-poisoned outputs
     exact: Callable[[Inputs], Outputs]  # the float64 reference
     eager: Callable[[Inputs], Any]  # what one writes without this package: the peer to be timed against
+
+    @property
+    def tested(self) -> list[Case]:
+        return [case for case in self.cases if not case.timed_only]
 
 
 def verdict(out: Outputs, exact: Outputs, plain: Outputs, ulps: float = 0.0) -> str | None:
@@ -59,11 +64,18 @@ def verdict(out: Outputs, exact: Outputs, plain: Outputs, ulps: float = 0.0) -> 
     return None
 
 
+def each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with every tensor in it changed; a NamedTuple of tensors keeps its type."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(each_tensor(change, item) for item in value))
+    return value
+
+
 def to_device(value: Any, device: str | torch.device) -> Any:
     """Moves a tensor and keeps its strides (``Tensor.to`` keeps them for dense tensors only)."""
-    if not isinstance(value, Tensor):
-        return value
-    return value if value.device == torch.device(device) else value.to(device)
+    return each_tensor(lambda t: t if t.device == torch.device(device) else t.to(device), value)
 
 
 def poison(like: Tensor) -> Tensor:
@@ -72,7 +84,10 @@ def poison(like: Tensor) -> Tensor:
 
 
 def to_float64(inputs: Inputs) -> Inputs:
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    def change(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    return {key: each_tensor(change, value) for key, value in inputs.items()}
 
 
 def element_size(dtype: torch.dtype) -> int:

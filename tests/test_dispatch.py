@@ -77,7 +77,7 @@ def test_forced_and_impossible_lists_every_backend() -> None:
 
 
 def test_unknown_backend() -> None:
-    expected = "backend must be one of = triton, cuda, cpu, torch, reference, got 'tpu'"
+    expected = "backend must be one of = triton, cuda, cpu, xformers, torch, reference, got 'tpu'"
     with pytest.raises(BackendError, match=expected), use_backend("tpu"):
         pass
 

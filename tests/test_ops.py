@@ -22,7 +22,7 @@ INTERPRETED_ELEMENTS = 21_000  # the interpreter runs a program at a time: large
 def matrix() -> list[Any]:
     rows = []
     for name in OPS:
-        for case in suite(name).cases:
+        for case in suite(name).tested:
             for dtype in suite(name).dtypes:
                 for backend in BACKENDS:
                     if backend in OPS[name].backends:
@@ -44,7 +44,8 @@ def truth(name: str, case: Case, dtype: torch.dtype) -> tuple[Outputs, Outputs]:
 def run(name: str, case: Case, dtype: torch.dtype, backend: str) -> Outputs:
     """Runs the case, or skips it with the backend's own reason."""
     inputs = case.inputs(dtype, DEVICE)
-    largest = max(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor))
+    parts = [part for value in inputs.values() for part in (value if isinstance(value, tuple) else (value,))]
+    largest = max(part.numel() for part in parts if isinstance(part, torch.Tensor))
     if backend == "triton" and DEVICE == "cpu" and largest > INTERPRETED_ELEMENTS:
         pytest.skip("too large for Triton's interpreter")
     try:
@@ -90,7 +91,7 @@ NATIVE_OPS = [name for name in OPS if "cpu" in OPS[name].backends]
 @pytest.mark.parametrize("name", NATIVE_OPS)
 def test_every_instruction_set(native: Any, name: str, dtype: torch.dtype, isa: str) -> None:
     native.set_cpu_isa(isa)
-    for case in suite(name).cases:
+    for case in suite(name).tested:
         with use_backend("cpu"):
             judge(suite(name).call(case.inputs(dtype)), name, case, dtype)
 
@@ -99,7 +100,7 @@ def test_every_instruction_set(native: Any, name: str, dtype: torch.dtype, isa: 
 def test_threads_do_not_change_bits(native: Any, name: str) -> None:
     threads = torch.get_num_threads()
     try:
-        for case in suite(name).cases:
+        for case in suite(name).tested:
             inputs = case.inputs(torch.bfloat16)
             results = []
             for count in (1, 2, 3):
