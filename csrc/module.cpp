@@ -7,6 +7,9 @@
 #include "common/threads.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "sampler_update/sampler_update.h"
+#if defined(IDM_HAVE_CUDA)
+#include "cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -17,6 +20,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());
+
+#if defined(IDM_HAVE_CUDA)
+  idm::bind_cuda(m);
+  m.attr("cuda_architectures") = IDM_HAVE_CUDA;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
 
   m.def("cpu_isa", &idm::cpu_isa_name, "Instruction set of the CPU kernels in use.");
   m.def("cpu_isas", &idm::cpu_isa_names, "Instruction sets that this machine runs, best first.");

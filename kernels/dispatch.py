@@ -121,6 +121,22 @@ class Op:
         place = torch.device(device)
         return next((n for n, row in self.backends.items() if row.why_not(place, dtype) is None), None)
 
+    @contextmanager
+    def substituted(self, row: Backend) -> Iterator[None]:
+        """Puts ``row`` in the place of the row of its name inside the block. For tests; not safe between threads."""
+        before = self.backends[row.name]
+        self.backends[row.name] = row
+        self._forget()
+        try:
+            yield
+        finally:
+            self.backends[row.name] = before
+            self._forget()
+
+    def _forget(self) -> None:
+        self._plans.clear()
+        self._last = None
+
     def _plan(self, device: torch.device, dtype: torch.dtype, forced: tuple[str, ...]) -> Plan:
         rows = [self.backends[name] for name in forced or self.backends if name in self.backends]
         plan = [(row.limits, row.run) for row in rows if row.why_not(device, dtype, forced=bool(forced)) is None]

@@ -1,0 +1,18 @@
+// The CUDA kernels as Python sees them: in _C where it was built with CUDA, in the tests' _E where the CPU stands in.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "common/bind.h"
+#include "common/selftest.h"
+
+namespace idm {
+
+inline void bind_cuda(pybind11::module_& m) {
+  using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("selftest_shuffles", &selftest_shuffles, NoGil());
+  m.def("selftest_row_sums", &selftest_row_sums, NoGil());
+  m.def("selftest_matmul", &selftest_matmul, NoGil());
+}
+
+}  // namespace idm
