@@ -16,6 +16,7 @@ from idm_fast.kernels import (
     channel_stats,
     group_norm_silu,
     norm_coefficients,
+    phase_weights,
     philox_normal,
     sampler_update,
     use_backend,
@@ -23,13 +24,7 @@ from idm_fast.kernels import (
 from idm_fast.kernels.case import Suite
 from idm_fast.kernels.dispatch import Op
 
-NAMES = (
-    "group_norm_silu",
-    "channel_stats",
-    "norm_coefficients",
-    "attention",
-    "sampler_update",
-)
+NAMES = ("group_norm_silu", "channel_stats", "conv2d", "norm_coefficients", "attention", "sampler_update", "conv2d")
 
 OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}
 
@@ -51,6 +46,7 @@ __all__ = [
     "channel_stats",
     "group_norm_silu",
     "norm_coefficients",
+    "phase_weights",
     "philox_normal",
     "sampler_update",
     "suite",

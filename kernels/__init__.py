@@ -10,6 +10,7 @@ from idm_fast.kernels import extension as extension  # warns once where the nati
 from idm_fast.kernels.attention import attention
 from idm_fast.kernels.channel_stats import ChannelStats, channel_stats
 from idm_fast.kernels.check import ContractError
+from idm_fast.kernels.conv2d import conv2d, phase_weights
 from idm_fast.kernels.dispatch import BACKENDS, BackendError, use_backend
 from idm_fast.kernels.group_norm_silu import group_norm_silu
 from idm_fast.kernels.norm_coefficients import norm_coefficients
@@ -22,8 +23,10 @@ __all__ = [
     "ContractError",
     "attention",
     "channel_stats",
+    "conv2d",
     "group_norm_silu",
     "norm_coefficients",
+    "phase_weights",
     "philox_normal",
     "sampler_update",
     "use_backend",
