@@ -14,6 +14,7 @@ from idm_fast.kernels import (
     ContractError,
     attention,
     channel_stats,
+    conv2d,
     group_norm_silu,
     norm_coefficients,
     phase_weights,
@@ -24,7 +25,7 @@ from idm_fast.kernels import (
 from idm_fast.kernels.case import Suite
 from idm_fast.kernels.dispatch import Op
 
-NAMES = ("group_norm_silu", "channel_stats", "conv2d", "norm_coefficients", "attention", "sampler_update", "conv2d")
+NAMES = ("group_norm_silu", "channel_stats", "norm_coefficients", "attention", "sampler_update", "conv2d")
 
 OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}
 
@@ -44,6 +45,7 @@ __all__ = [
     "ContractError",
     "attention",
     "channel_stats",
+    "conv2d",
     "group_norm_silu",
     "norm_coefficients",
     "phase_weights",

@@ -10,7 +10,8 @@ from torch import Tensor
 from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.conv2d.contract import NAME, Arguments, check_arguments
 from idm_fast.kernels.conv2d.phases import phase_weights as phase_weights
-from idm_fast.kernels.dispatch import ANY_FLOAT, Backend, Op
+from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
+from idm_fast.kernels.interpreter import triton_condition
 
 
 # fmt: off
@@ -86,6 +87,14 @@ OP = Op(
     NAME,
     "conv(silu(norm(cat(x, skip)))) + bias + shortcut + time_shift + residual",
     [
+        Backend(
+            "triton",
+            f"{__name__}.triton_kernel:conv2d",
+            frozenset({"cuda", "cpu"}),
+            FLOATS,
+            min_capability=(8, 0),
+            condition=triton_condition,
+        ),
         Backend("torch", f"{__name__}.torch_backend:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),
     ],
