@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention/attention.h"
 #include "common/bind.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
@@ -17,6 +18,7 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of idm_fast. A tensor is (data_ptr, dtype code, shape, strides); None where it is optional.";
 
+  m.def("attention", &idm::attention, NoGil());
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());

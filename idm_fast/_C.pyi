@@ -3,6 +3,7 @@
 
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
+def attention(q: View, k: View, v: View, out: View, scale: float, threads: int, /) -> None: ...
 def group_norm_silu(
     x: View,
     out: View,

@@ -76,6 +76,7 @@ OP = Op(
             limits=_triton_limits,
             condition=triton_condition,
         ),
+        Backend("cpu", f"{__name__}.native:attention", frozenset({"cpu"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
     ],
