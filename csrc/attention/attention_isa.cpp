@@ -56,15 +56,20 @@ void pack(const AttentionHead& head, int64_t panel) {
 
 // ---- softmax -----------------------------------------------------------------------------------------------------
 
-// 2^t for t <= 0; what is below 2^-126 becomes that. NaN stays NaN.
+// 2^t for t <= 0, zero where that is too small for a float. NaN stays NaN.
 template <bool kCoarse>
 inline vf exp2_negative(vf t) {
+#if defined(__AVX512F__)
+  const vf held = t < -160.0f ? splat(-160.0f) : t;
+  const vf n = bits<vf>(_mm512_roundscale_ps(bits<__m512>(held), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return bits<vf>(_mm512_scalef_ps(bits<__m512>(exp2_fraction<kCoarse>(held - n)), bits<__m512>(n)));
+#else
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const vf held = t < -126.0f ? splat(-126.0f) : t;
-  const vf shifted = held + kRound;
-  const vf p = exp2_fraction<kCoarse>(held - (shifted - kRound));
+  const vf shifted = t + kRound;
+  const vf p = exp2_fraction<kCoarse>(t - (shifted - kRound));
   const vf power = bits<vf>(bits<vu>(p) + (bits<vu>(shifted) << 23));
-  return held == held ? power : held;
+  return t < -126.0f ? vf{} : t == t ? power : t;
+#endif
 }
 
 inline float sum_lanes(vf v) {
