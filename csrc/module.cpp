@@ -6,6 +6,7 @@
 #include "common/bind.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "conv2d/conv2d.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "sampler_update/sampler_update.h"
 #if defined(IDM_HAVE_CUDA)
@@ -22,6 +23,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());
+
+  m.def("conv2d", &idm::conv2d, NoGil());
+  m.def("conv2d_pack", &idm::conv2d_pack, NoGil());
+  m.def("conv2d_packed_bytes", &idm::conv2d_packed_bytes);
+  m.def("conv2d_block_rows", &idm::conv2d_block_rows);
 
 #if defined(IDM_HAVE_CUDA)
   idm::bind_cuda(m);

@@ -29,6 +29,29 @@ def sampler_update(
     /,
 ) -> None: ...
 def philox_normal(out: View, seeds: View, step: int, threads: int, /) -> None: ...
+def conv2d(
+    x: View,
+    skip: View | None,
+    coefficients: View | None,
+    silu: bool,
+    weight: View,
+    kernel: int,
+    stride: int,
+    upsample: bool,
+    bias: View | None,
+    shortcut: View | None,
+    shortcut_skip: View | None,
+    shortcut_weight: View | None,
+    time_shift: View | None,
+    residual: View | None,
+    out: View,
+    partials: View | None,
+    threads: int,
+    /,
+) -> None: ...
+def conv2d_pack(weight: View, matrices: int, cout: int, taps: int, channels: int, packed: View, /) -> None: ...
+def conv2d_packed_bytes(dtype: int, matrices: int, cout: int, taps: int, channels: int, /) -> int: ...
+def conv2d_block_rows(dtype: int, rows: int, cols: int, channels: int, kernel: int, stride: int, /) -> int: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str, /) -> None: ...

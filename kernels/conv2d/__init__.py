@@ -95,6 +95,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cpu", f"{__name__}.native:conv2d", frozenset({"cpu"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),
     ],
