@@ -10,8 +10,8 @@
 //   upsample         nearest 2x, then the 3x3 convolution, as four 2x2 convolutions: phase 2 * (row & 1) + (column & 1)
 //   shortcut         [N, Cs1, Ho, Wo], shortcut_skip [N, Cs2, Ho, Wo] or null; shortcut_weight packed from [Cout][Cs]
 //   bias [Cout], time_shift [N, Cout] with dense rows; each of any float type. residual, out [N, Cout, Ho, Wo]
-//   partials         [N, P, 2, Cout] float32 or null: (mean, sum of squared differences from it) of what was stored, per
-//                    piece: a block of conv2d_block_rows rows of the (not upsampled) grid, times phase where upsample is set
+//   partials         [N, P, 2, Cout] float32 or null: (mean, sum of squared differences from it) of what was stored,
+//                    per piece: a block of conv2d_block_rows rows of the (not upsampled) grid, and phase in it
 //
 // Products of bfloat16 pairs where the instruction set has them, float32 products otherwise; sums in float32. How an
 // image is cut depends on its shape alone: the result is the same bits for every number of threads.

@@ -75,7 +75,8 @@ ConvGrid check_conv(const char* op, const ConvInputs& in) {
   return g;
 }
 
-int64_t conv_block_rows(int64_t per_word, int64_t rows, int64_t cols, int64_t channels, int64_t kernel, int64_t stride) {
+int64_t conv_block_rows(int64_t per_word, int64_t rows, int64_t cols, int64_t channels, int64_t kernel,
+                        int64_t stride) {
   const int64_t line = (cols * stride + 2) * round_up(channels, per_word) / per_word * 4;
   int64_t block = std::min(rows, kBlockRows);
   while (block > 1 && ((block - 1) * stride + kernel) * line > kScratchBytes) block = (block + 1) / 2;
@@ -161,8 +162,8 @@ void run_conv(const ConvInputs& in, const ConvGrid& g, const ConvCode& code, int
     t.segment[0] = {s.main, in.stride * line, in.stride * pitch, shifts[phase], g.taps, words,
                     code.weight + (phase * padded + c) * g.taps * words * 4};
     if (in.shortcut)
-      t.segment[1] = {s.shortcut + a * shortcut_line + d * shortcut_pitch, up * shortcut_line, up * shortcut_pitch, &zero,
-                      1, shortcut_words, code.shortcut_weight + c * shortcut_words * 4};
+      t.segment[1] = {s.shortcut + a * shortcut_line + d * shortcut_pitch, up * shortcut_line, up * shortcut_pitch,
+                      &zero, 1, shortcut_words, code.shortcut_weight + c * shortcut_words * 4};
     t.base = code.base + n * padded + c;
     t.start = code.start ? code.start + phase * padded + c : nullptr;
     t.scale = code.scale ? code.scale + phase * padded + c : nullptr;

@@ -31,8 +31,8 @@ struct FloatDot {
   static vf finish(const ConvTile&, vf sum, int) { return sum; }
 };
 
-// P positions by V vectors of output channels: sums[p][v]. Few vectors would leave the multipliers waiting for their own
-// results, so that each sum then runs in several chains, taken by turns from step to step.
+// P positions by V vectors of output channels: sums[p][v]. Few vectors would leave the multipliers waiting for their
+// own results, so that each sum then runs in several chains by turns.
 template <class Dot, int P, int V>
 __attribute__((noinline)) void sums_of(const ConvTile& tile, const char* const (*position)[2], typename Dot::Sum* out) {
   constexpr int kChains = kStripVectors / V;
@@ -109,8 +109,8 @@ void sums(const ConvTile& tile, int count, const char* const (*position)[2], typ
   }
 }
 
-// Mean and sum of squared differences of what was stored, for K vectors of channels. The first value of each channel is
-// the shift of the first pass, so that a far mean costs no digits; what is left of the mean then is taken out of the squares.
+// Mean and sum of squared differences of what was stored, for K vectors of channels. The first value of each channel
+// shifts the first pass, so that a far mean costs no digits; what is then left of the mean is taken out of the squares.
 template <class T, int K>
 void vector_stats(const ConvTile& tile, int64_t c, int lanes) {
   const auto read = [&](int64_t row, int64_t col, int k) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from idm_fast.kernels.extension import _CODES, require_native, view
 native = require_native()
 
 Pack = Callable[[Tensor], Tensor]
+Entry = tuple[tuple[int, int, str], Tensor]  # (address, version, instruction set) of the weight, packed
 
 
 class PackedCache:
@@ -25,13 +26,13 @@ class PackedCache:
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
-        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._entries: MutableMapping[Tensor, Entry] = WeakTensorKeyDictionary()
 
     def get(self, weight: Tensor) -> Tensor:
         if weight.is_inference():
             return self._pack(weight)
         state = (weight.data_ptr(), weight._version, native.cpu_isa())
-        entry: tuple[tuple[int, int, str], Tensor] | None = self._entries.get(weight)
+        entry = self._entries.get(weight)
         if entry is None or entry[0] != state:
             with torch.inference_mode(False):
                 entry = (state, self._pack(weight))
