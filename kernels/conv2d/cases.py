@@ -204,9 +204,12 @@ def stats_error(out: Tensor, stats: ChannelStats) -> Tensor:
     assert positions == out.shape[2] * out.shape[3], "the counts must add up to the positions"
     true_mean = stored.mean((2, 3))
     true_m2 = (stored - true_mean[:, :, None, None]).square().sum((2, 3))
-    scale = true_mean.abs() + (true_m2 / positions).sqrt() + torch.finfo(torch.float32).tiny
-    noise = positions * (scale * torch.finfo(torch.float32).eps).square()  # what is left where the variance is 0
-    errors = torch.stack([(mean - true_mean) / scale, (m2 - true_m2) / (true_m2 + noise)])
+    spread = (true_m2 / positions).sqrt()
+    eps = torch.finfo(torch.float32).eps
+    scale = true_mean.abs() + spread + torch.finfo(torch.float32).tiny
+    # A float32 mean of a piece is off by eps * scale, and the sum of squares by twice that times the spread.
+    squares = positions * scale * (spread + scale * eps)
+    errors = torch.stack([(mean - true_mean) / scale, (m2 - true_m2) / squares])
     return (errors / STATS_ROUNDINGS).float()
 
 
