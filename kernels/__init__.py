@@ -8,6 +8,7 @@ if __name__ != "idm_fast.kernels":
 
 from idm_fast.kernels import extension as extension  # warns once where the native module is missing
 from idm_fast.kernels.attention import attention
+from idm_fast.kernels.attention.block import attention_block
 from idm_fast.kernels.channel_stats import ChannelStats, channel_stats
 from idm_fast.kernels.check import ContractError
 from idm_fast.kernels.conv2d import conv2d, phase_weights
@@ -22,6 +23,7 @@ __all__ = [
     "ChannelStats",
     "ContractError",
     "attention",
+    "attention_block",
     "channel_stats",
     "conv2d",
     "group_norm_silu",
