@@ -9,6 +9,7 @@
 #include "conv2d/conv2d.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "sampler_update/sampler_update.h"
+#include "vq_nearest/vq_nearest.h"
 #if defined(IDM_HAVE_CUDA)
 #include "cuda_bindings.h"
 #endif
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());
+  m.def("vq_nearest", &idm::vq_nearest, NoGil());
 
   m.def("conv2d", &idm::conv2d, NoGil());
   m.def("conv2d_pack", &idm::conv2d_pack, NoGil());

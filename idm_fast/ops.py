@@ -22,11 +22,12 @@ from idm_fast.kernels import (
     philox_normal,
     sampler_update,
     use_backend,
+    vq_nearest,
 )
 from idm_fast.kernels.case import Suite
 from idm_fast.kernels.dispatch import Op
 
-NAMES = ("group_norm_silu", "channel_stats", "norm_coefficients", "attention", "sampler_update", "conv2d")
+NAMES = ("group_norm_silu", "channel_stats", "norm_coefficients", "attention", "sampler_update", "conv2d", "vq_nearest")
 
 OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}
 
@@ -55,4 +56,5 @@ __all__ = [
     "sampler_update",
     "suite",
     "use_backend",
+    "vq_nearest",
 ]

@@ -16,6 +16,7 @@ from idm_fast.kernels.dispatch import BACKENDS, BackendError, use_backend
 from idm_fast.kernels.group_norm_silu import group_norm_silu
 from idm_fast.kernels.norm_coefficients import norm_coefficients
 from idm_fast.kernels.sampler_update import philox_normal, sampler_update
+from idm_fast.kernels.vq_nearest import vq_nearest
 
 __all__ = [
     "BACKENDS",
@@ -32,4 +33,5 @@ __all__ = [
     "philox_normal",
     "sampler_update",
     "use_backend",
+    "vq_nearest",
 ]
