@@ -83,7 +83,8 @@ def eager(inputs: Inputs) -> Tensor:
     """As the codecs write it: the whole matrix of distances."""
     rows, codebook = positions(inputs["z"]).float(), inputs["codebook"].float()
     distances = rows.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * rows @ codebook.T
-    return inputs["codebook"][distances.argmin(dim=1)]
+    found: Tensor = inputs["codebook"][distances.argmin(dim=1)]
+    return found
 
 
 SUITE = Suite(CASES, (torch.float32, torch.bfloat16, torch.float16), vq_nearest, call, exact, eager)
