@@ -25,6 +25,8 @@ def sampler_update(
     step: int,
     seeds: View,
     network_input: View | None,
+    threshold: View | None,
+    unshuffle: int,
     threads: int,
     /,
 ) -> None: ...

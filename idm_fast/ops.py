@@ -27,6 +27,15 @@ from idm_fast.kernels import (
 from idm_fast.kernels.case import Suite
 from idm_fast.kernels.dispatch import Op
 
+NAMES = (
+    "group_norm_silu",
+    "channel_stats",
+    "norm_coefficients",
+    "attention",
+    "sampler_update",
+    "philox_normal",
+    "conv2d",
+)
 NAMES = ("group_norm_silu", "channel_stats", "norm_coefficients", "attention", "sampler_update", "conv2d", "vq_nearest")
 
 OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}

@@ -15,10 +15,14 @@ def sampler_update(
     model_output: Tensor,  # [N, C, H, W] channels_last
     history: Tensor,  # [N, C, H, W] channels_last
     table: Tensor,  # [T, 8]
-    step: int,
+    step: int | Tensor,
     seeds: Tensor,  # [N]
-    network_input: Tensor | None,  # [N, C, H, W] channels_last
+    network_input: Tensor | None = None,  # [N, C f^2, H / f, W / f] channels_last, or channels of such a tensor
+    threshold: Tensor | None = None,  # [N]
+    unshuffle: int = 1,
 ) -> None:
+    if isinstance(step, Tensor):
+        step = min(max(int(step), 0), table.shape[0] - 1)
     native.sampler_update(
         view(x),
         view(model_output),
@@ -27,5 +31,7 @@ def sampler_update(
         step,
         view(seeds),
         optional_view(network_input),
+        optional_view(threshold),
+        unshuffle,
         torch.get_num_threads(),
     )
