@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from idm_fast.kernels import check
@@ -33,9 +32,9 @@ def sampler_update(
 
     Then history = x0_hat and network_input = pixel_unshuffle(x, f). The coefficients are row ``step`` of ``table``.
     clamp <= 0 means no clamp. Where c == 0 the history is not read, so it may hold anything at the first step. Where
-    s == 0 no noise is drawn. The noise is counter-based: key = the image's own seed, counter = (element // 4, step + 1),
-    with elements counted in NHWC order within one image; a batch equals its singles, and every backend, device and
-    memory layout draws the same noise (see kernels/philox_normal).
+    s == 0 no noise is drawn. The noise is counter-based: key = the image's own seed, counter = (element // 4,
+    step + 1), with elements counted in NHWC order within one image; a batch equals its singles, and every backend,
+    device and memory layout draws the same noise (see kernels/philox_normal).
 
     ``step`` as a tensor is a counter on the device, for a captured graph: it is never read on the host, so a value
     outside the table cannot be refused; it counts as the nearest row. ``threshold`` t (``dynamic_threshold`` makes it)
