@@ -20,6 +20,13 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of idm_fast. A tensor is (data_ptr, dtype code, shape, strides); None where it is optional.";
 
+  py::class_<idm::Layout>(m, "Layout", "dtype code, shape and strides of a tensor, checked and kept.")
+      .def(py::init([](const idm::TensorView& view) {
+        idm::Layout layout{view};
+        layout.view.data = nullptr;
+        return layout;
+      }));
+
   m.def("attention", &idm::attention, NoGil());
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());

@@ -1,7 +1,11 @@
-# The native module. A View is (data_ptr, dtype code, shape, strides in elements): see kernels/extension.py.
+# The native module. A View is (data_ptr, dtype code, shape, strides in elements), or (data_ptr, Layout): see
+# kernels/extension.py.
 # Every function checks its arguments (ValueError) before it writes, and releases the GIL while it computes.
 
-View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+class Layout:
+    def __init__(self, view: tuple[int, int, tuple[int, ...], tuple[int, ...]], /) -> None: ...
+
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]] | tuple[int, Layout]
 
 def attention(q: View, k: View, v: View, out: View, scale: float, threads: int, /) -> None: ...
 def group_norm_silu(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ _CODES = {
     torch.float8_e4m3fn: 6,
 }
 
+Layout = Any  # _C.Layout: what a View says but for the address, checked once and kept
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -78,6 +80,11 @@ def cuda_stream(tensor: Tensor) -> int:
 def view(tensor: Tensor) -> View:
     """(address, dtype code, shape, strides in elements): all that native code learns of a tensor."""
     return tensor.data_ptr(), _CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def layout(tensor: Tensor) -> Layout:
+    """What ``view`` says of a tensor but for its address, for calls that come again: (data_ptr, layout) is a view."""
+    return require_native().Layout(view(tensor))
 
 
 def optional_view(tensor: Tensor | None) -> View | None:

@@ -79,6 +79,9 @@ void sampler_update(const TensorView& x, const TensorView& model_output, const T
     pitch = position_stride(t);
     require(pitch > 0, kOp, "network_input must have dense channels and evenly spaced positions");
   }
+  require(apart(x, history) && apart(x, model_output) && apart(history, model_output) && apart(network_input, x) &&
+              apart(network_input, history) && apart(network_input, model_output),
+          kOp, "x, history, model_output and network_input must not overlap");
 
   SamplerRow row;
   std::memcpy(&row, table.as<const float>() + step * 8, sizeof row);

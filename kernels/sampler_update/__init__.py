@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from idm_fast.kernels import check
@@ -52,36 +52,32 @@ def sampler_update(
         *(history.shape, history.stride(), history.dtype, history.device),
         *(table.shape, table.stride(), table.dtype, table.device),
         *(seeds.shape, seeds.stride(), seeds.dtype, seeds.device),
-        contract.facts(network_input),
-        contract.facts(threshold),
+        None if network_input is None else contract.facts(network_input),
+        None if threshold is None else contract.facts(threshold),
         contract.facts(step) if isinstance(step, Tensor) else None,
         unshuffle,
         forced_backends(),
     )
-    known = _known.get(key)
-    if known is None or not contract.still_holds(known.spans, x, model_output, history, table, step, network_input):
-        arguments = (x, model_output, history, table, step, seeds, network_input, threshold, unshuffle)
-        contract.check_all(*arguments)
-        if x.numel() == 0:
-            return
-        known = _Known(
-            contract.spans(*arguments[:3], network_input), OP.choose(x.device, model_output.dtype, *arguments)
-        )
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = known
-    known.run(x, model_output, history, table, step, seeds, network_input, threshold, unshuffle)
+    again = _known.get(key)
+    arguments = (x, model_output, history, table, step, seeds, network_input, threshold, unshuffle)
+    tensors = (x, model_output, history, table, network_input, threshold)
+    if again is not None and not contract.wants_grad(*tensors) and again(*arguments):
+        return
+    contract.check_all(*arguments)
+    if x.numel() == 0:
+        return
+    run = OP.choose(x.device, model_output.dtype, *arguments)
+    run(*arguments)
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    prepare = getattr(run, "prepare", contract.prepare)
+    _known[key] = prepare(run, *arguments)
 
 
-class _Known(NamedTuple):
-    """What has been found out about arguments of these shapes, layouts, types and devices: they keep the contract."""
-
-    spans: tuple[int, ...]  # bytes that x, model_output, history and network_input reach over
-    run: Callable[..., Any]
-
-
+# What has been found out about arguments of these shapes, layouts, types and devices: they keep the contract, and who
+# runs them. Each entry runs if also the rest is in order (addresses, the step), and says whether it has.
+_known: dict[tuple[object, ...], Callable[..., bool]] = {}
 _MOST_KNOWN = 256
-_known: dict[tuple[Any, ...], _Known] = {}  # all that the checks ask, but for addresses, gradients and the step
 
 
 def _nhwc_only(
