@@ -5,11 +5,16 @@
 
 #include "common/bind.h"
 #include "common/selftest.h"
+#include "dynamic_threshold/dynamic_threshold.h"
+#include "sampler_update/sampler_update.h"
 
 namespace idm {
 
 inline void bind_cuda(pybind11::module_& m) {
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("dynamic_threshold_cuda", &dynamic_threshold_cuda, NoGil());
+  m.def("philox_normal_cuda", &philox_normal_cuda, NoGil());
+  m.def("sampler_update_cuda", &sampler_update_cuda, NoGil());
   m.def("selftest_shuffles", &selftest_shuffles, NoGil());
   m.def("selftest_row_sums", &selftest_row_sums, NoGil());
   m.def("selftest_matmul", &selftest_matmul, NoGil());

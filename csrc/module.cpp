@@ -6,6 +6,7 @@
 #include "common/bind.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "dynamic_threshold/dynamic_threshold.h"
 #include "conv2d/conv2d.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "sampler_update/sampler_update.h"
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());
+  m.def("dynamic_threshold", &idm::dynamic_threshold, NoGil());
   m.def("vq_nearest", &idm::vq_nearest, NoGil());
 
   m.def("conv2d", &idm::conv2d, NoGil());

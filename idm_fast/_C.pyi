@@ -34,6 +34,9 @@ def sampler_update(
     threads: int,
     /,
 ) -> None: ...
+def dynamic_threshold(
+    x: View, model_output: View, table: View, step: int, quantile: float, out: View, threads: int, /
+) -> None: ...
 def philox_normal(out: View, seeds: View, step: int, threads: int, /) -> None: ...
 def conv2d(
     x: View,

@@ -16,6 +16,7 @@ from idm_fast.kernels import (
     attention_block,
     channel_stats,
     conv2d,
+    dynamic_threshold,
     group_norm_silu,
     norm_coefficients,
     phase_weights,
@@ -34,6 +35,7 @@ NAMES = (
     "attention",
     "sampler_update",
     "philox_normal",
+    "dynamic_threshold",
     "conv2d",
 )
 NAMES = ("group_norm_silu", "channel_stats", "norm_coefficients", "attention", "sampler_update", "conv2d", "vq_nearest")
@@ -58,6 +60,7 @@ __all__ = [
     "attention_block",
     "channel_stats",
     "conv2d",
+    "dynamic_threshold",
     "group_norm_silu",
     "norm_coefficients",
     "phase_weights",

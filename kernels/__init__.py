@@ -13,6 +13,7 @@ from idm_fast.kernels.channel_stats import ChannelStats, channel_stats
 from idm_fast.kernels.check import ContractError
 from idm_fast.kernels.conv2d import conv2d, phase_weights
 from idm_fast.kernels.dispatch import BACKENDS, BackendError, use_backend
+from idm_fast.kernels.dynamic_threshold import dynamic_threshold
 from idm_fast.kernels.group_norm_silu import group_norm_silu
 from idm_fast.kernels.norm_coefficients import norm_coefficients
 from idm_fast.kernels.philox_normal import philox_normal
@@ -29,6 +30,7 @@ __all__ = [
     "attention_block",
     "channel_stats",
     "conv2d",
+    "dynamic_threshold",
     "group_norm_silu",
     "norm_coefficients",
     "phase_weights",

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
-#include "common/checks.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "sampler_update/contract.h"
 
 namespace idm {
 namespace {
@@ -18,26 +18,6 @@ constexpr int64_t kWorth = 64 * 1024, kWorthNoise = 16 * 1024;
 const SamplerKernels& kernels() {
   static constexpr const SamplerKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kSamplerKernels);
   return *kTables[static_cast<int>(cpu_isa())];
-}
-
-void check_images(const char* op, const TensorView& x, const char* name) {
-  require(x.ndim == 4 && x.dtype == DType::kFloat32 && is_nhwc(x), op,
-          std::string(name) + " must be a float32 tensor in NHWC order");
-}
-
-void check_seeds(const char* op, const TensorView& seeds, int64_t N) {
-  require(seeds.ndim == 1 && seeds.dtype == DType::kInt64 && seeds.shape[0] == N && is_contiguous(seeds), op,
-          "seeds must be int64 [N]");
-}
-
-// Distance between neighbouring positions of a tensor whose channels are dense and whose positions are evenly spaced;
-// 0 for any other. Dimensions of size 1 say nothing.
-int64_t position_stride(const TensorView& t) {
-  const int64_t C = t.shape[1], H = t.shape[2], W = t.shape[3];
-  if (C > 1 && t.stride[1] != 1) return 0;
-  const int64_t pitch = W > 1 ? t.stride[3] : H > 1 ? t.stride[2] : t.shape[0] > 1 ? t.stride[0] : C;
-  const bool even = pitch >= C && (H == 1 || t.stride[2] == W * pitch) && (t.shape[0] == 1 || t.stride[0] == H * W * pitch);
-  return even ? pitch : 0;
 }
 
 // offsets[p]: where element p = w * C + c of an image's row 0 lies in the network's layout.
@@ -54,34 +34,9 @@ const int64_t* input_offsets(int64_t C, int64_t W, int64_t f, int64_t pitch) {
 void sampler_update(const TensorView& x, const TensorView& model_output, const TensorView& history,
                     const TensorView& table, int64_t step, const TensorView& seeds, const TensorView& network_input,
                     const TensorView& threshold, int64_t unshuffle, int threads) {
-  constexpr const char* kOp = "sampler_update";
   if (x.numel() == 0) return;
-  check_images(kOp, x, "x");
-  check_images(kOp, history, "history");
-  require(same_shape(x, history), kOp, "history must have the shape of x");
-  require(same_shape(x, model_output) && is_float(model_output) && is_nhwc(model_output), kOp,
-          "model_output must be a float tensor of x's shape in NHWC order");
-  require(table.ndim == 2 && table.shape[1] == 8 && table.dtype == DType::kFloat32 && is_contiguous(table), kOp,
-          "table must be float32 [T, 8]");
-  require(step >= 0 && step < table.shape[0], kOp, "step must be a row of table");
-  check_seeds(kOp, seeds, x.shape[0]);
+  const int64_t pitch = check_sampler_update(x, model_output, history, table, step, seeds, network_input, threshold, unshuffle);
   const int64_t N = x.shape[0], C = x.shape[1], H = x.shape[2], W = x.shape[3], f = unshuffle;
-  require(!threshold || (threshold.ndim == 1 && threshold.dtype == DType::kFloat32 && threshold.shape[0] == N &&
-                         is_contiguous(threshold)),
-          kOp, "threshold must be float32 [N]");
-  int64_t pitch = 0;
-  if (network_input) {
-    require(f >= 1 && H % f == 0 && W % f == 0, kOp, "unshuffle must divide the height and the width");
-    const TensorView& t = network_input;
-    require(t.ndim == 4 && is_float(t) && t.shape[0] == N && t.shape[1] == C * f * f && t.shape[2] == H / f &&
-                t.shape[3] == W / f,
-            kOp, "network_input must be a float tensor [N, C f^2, H / f, W / f]");
-    pitch = position_stride(t);
-    require(pitch > 0, kOp, "network_input must have dense channels and evenly spaced positions");
-  }
-  require(apart(x, history) && apart(x, model_output) && apart(history, model_output) && apart(network_input, x) &&
-              apart(network_input, history) && apart(network_input, model_output),
-          kOp, "x, history, model_output and network_input must not overlap");
 
   SamplerRow row;
   std::memcpy(&row, table.as<const float>() + step * 8, sizeof row);
@@ -93,7 +48,7 @@ void sampler_update(const TensorView& x, const TensorView& model_output, const T
   SamplerSpan common{};
   common.row = W * C;
   common.unshuffle = f;
-  common.row_stride = f >= 1 ? W / f * pitch : 0;
+  common.row_stride = W / f * pitch;
   common.offsets = network_input && (f > 1 || pitch != C) ? input_offsets(C, W, f, pitch) : nullptr;
   common.word2 = static_cast<uint32_t>(step + 1);
   common.limit = row.clamp;
@@ -116,11 +71,8 @@ void sampler_update(const TensorView& x, const TensorView& model_output, const T
 }
 
 void philox_normal(const TensorView& out, const TensorView& seeds, int64_t step, int threads) {
-  constexpr const char* kOp = "philox_normal";
   if (out.numel() == 0) return;
-  check_images(kOp, out, "out");
-  check_seeds(kOp, seeds, out.shape[0]);
-  require(step >= -1 && step < 0xffffffffLL, kOp, "step must lie in [-1, 2^32 - 2]");
+  check_philox_normal(out, seeds, step);
   const int64_t elements = out.numel() / out.shape[0];
   const int64_t spans = (elements + kSpan - 1) / kSpan;
   const auto kernel = kernels().normal;

@@ -26,6 +26,13 @@ void sampler_update(const TensorView& x, const TensorView& model_output, const T
 // out [N, C, H, W] float32 NHWC = the standard normal noise of `step` (-1: the initial noise).
 void philox_normal(const TensorView& out, const TensorView& seeds, int64_t step, int threads);
 
+// The same on a device. `counter`: null, or int64 [1] on the device that says the step instead; outside the table it is
+// the nearest row.
+void sampler_update_cuda(const TensorView& x, const TensorView& model_output, const TensorView& history,
+                         const TensorView& table, int64_t step, const TensorView& counter, const TensorView& seeds,
+                         const TensorView& network_input, const TensorView& threshold, int64_t unshuffle, uint64_t stream);
+void philox_normal_cuda(const TensorView& out, const TensorView& seeds, int64_t step, uint64_t stream);
+
 struct SamplerRow {
   float k_x, k_out, a, b, c, s, clamp, reserved;
 };

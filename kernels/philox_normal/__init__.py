@@ -59,6 +59,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cuda", f"{__name__}.cuda:philox_normal", frozenset({"cuda"}), _FLOAT32, min_capability=(8, 0)),
         Backend("cpu", f"{__name__}.native:philox_normal", frozenset({"cpu"}), _FLOAT32),
         Backend("torch", f"{__name__}.torch_backend:philox_normal", frozenset({"cpu", "cuda"}), _FLOAT32),
         Backend("reference", f"{__name__}.reference:philox_normal", frozenset({"cpu", "cuda"}), _FLOAT32),
