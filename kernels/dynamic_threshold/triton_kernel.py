@@ -67,9 +67,9 @@ def threshold_kernel(
         largest = tl.maximum(largest, u)
     a = prefix.to(tl.float32, bitcast=True)
     b = tl.where(tl.sum(same, 0) > low + 1, prefix, tl.min(above, 0)).to(tl.float32, bitcast=True)
-    span = b - a
+    b = tl.where(weight == 0.0, a, b)
+    span = tl.where(a == b, 0.0, b) - tl.where(a == b, 0.0, a)  # also where both are infinite
     value = tl.where(weight < 0.5, a + weight * span, b - span * (1.0 - weight))
-    value = tl.where((a == b) | (weight == 0.0), a, value)
     value = tl.where(value < 1.0, 1.0, value)
     value = tl.where(tl.max(largest, 0) > 0x7F800000, float("nan"), value)
     tl.store(out + n, value)
