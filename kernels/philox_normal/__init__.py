@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels import check
-from idm_fast.kernels.dispatch import Backend, Op
+from idm_fast.kernels.dispatch import FLOATS, Backend, Op
 from idm_fast.kernels.interpreter import triton_condition
 
 NAME = "philox_normal"
@@ -46,7 +46,7 @@ def seeds_are(op: str, seeds: Tensor, n: int) -> None:
         check.fail(op, "seeds", "contiguous", "stride 1", f"stride {seeds.stride(0)}")
 
 
-_FLOAT32 = frozenset({torch.float32})
+# The noise is float32; asked for any network's dtype (idm-fast ops), the answer is the same.
 OP = Op(
     NAME,
     "n ~ N(0, 1) from (seed, step, element)",
@@ -55,13 +55,13 @@ OP = Op(
             "triton",
             f"{__name__}.triton_kernel:philox_normal",
             frozenset({"cuda", "cpu"}),
-            _FLOAT32,
+            FLOATS,
             min_capability=(8, 0),
             condition=triton_condition,
         ),
-        Backend("cuda", f"{__name__}.cuda:philox_normal", frozenset({"cuda"}), _FLOAT32, min_capability=(8, 0)),
-        Backend("cpu", f"{__name__}.native:philox_normal", frozenset({"cpu"}), _FLOAT32),
-        Backend("torch", f"{__name__}.torch_backend:philox_normal", frozenset({"cpu", "cuda"}), _FLOAT32),
-        Backend("reference", f"{__name__}.reference:philox_normal", frozenset({"cpu", "cuda"}), _FLOAT32),
+        Backend("cuda", f"{__name__}.cuda:philox_normal", frozenset({"cuda"}), FLOATS, min_capability=(8, 0)),
+        Backend("cpu", f"{__name__}.native:philox_normal", frozenset({"cpu"}), FLOATS),
+        Backend("torch", f"{__name__}.torch_backend:philox_normal", frozenset({"cpu", "cuda"}), FLOATS),
+        Backend("reference", f"{__name__}.reference:philox_normal", frozenset({"cpu", "cuda"}), FLOATS),
     ],
 )

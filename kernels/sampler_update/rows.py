@@ -11,7 +11,7 @@ from torch import Tensor
 def coefficients(table: Tensor, step: int | Tensor) -> tuple[Tensor, ...]:
     """The columns of row ``step`` as tensors without dimensions; a tensor step outside the table is the nearest row."""
     if isinstance(step, Tensor):
-        return table.index_select(0, clamped(step, table.shape[0]).reshape(1))[0].unbind()
+        return table.index_select(0, step.reshape(1).clamp(0, table.shape[0] - 1))[0].unbind()
     return table[step].unbind()
 
 
