@@ -37,8 +37,8 @@ NAMES = (
     "philox_normal",
     "dynamic_threshold",
     "conv2d",
+    "vq_nearest",
 )
-NAMES = ("group_norm_silu", "channel_stats", "norm_coefficients", "attention", "sampler_update", "conv2d", "vq_nearest")
 
 OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}
 

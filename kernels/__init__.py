@@ -18,7 +18,6 @@ from idm_fast.kernels.group_norm_silu import group_norm_silu
 from idm_fast.kernels.norm_coefficients import norm_coefficients
 from idm_fast.kernels.philox_normal import philox_normal
 from idm_fast.kernels.sampler_update import sampler_update
-from idm_fast.kernels.sampler_update import philox_normal, sampler_update
 from idm_fast.kernels.vq_nearest import vq_nearest
 
 __all__ = [
