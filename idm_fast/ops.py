@@ -22,6 +22,7 @@ from idm_fast.kernels import (
     phase_weights,
     philox_normal,
     sampler_update,
+    time_embedding,
     use_backend,
     vq_nearest,
 )
@@ -36,6 +37,7 @@ NAMES = (
     "sampler_update",
     "philox_normal",
     "dynamic_threshold",
+    "time_embedding",
     "conv2d",
     "vq_nearest",
 )
@@ -67,6 +69,7 @@ __all__ = [
     "philox_normal",
     "sampler_update",
     "suite",
+    "time_embedding",
     "use_backend",
     "vq_nearest",
 ]

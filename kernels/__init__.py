@@ -18,6 +18,7 @@ from idm_fast.kernels.group_norm_silu import group_norm_silu
 from idm_fast.kernels.norm_coefficients import norm_coefficients
 from idm_fast.kernels.philox_normal import philox_normal
 from idm_fast.kernels.sampler_update import sampler_update
+from idm_fast.kernels.time_embedding import time_embedding
 from idm_fast.kernels.vq_nearest import vq_nearest
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "phase_weights",
     "philox_normal",
     "sampler_update",
+    "time_embedding",
     "use_backend",
     "vq_nearest",
 ]
