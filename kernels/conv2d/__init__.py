@@ -83,6 +83,8 @@ def empty_nhwc(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+HALVES = frozenset({torch.float16, torch.bfloat16})  # what tensor cores multiply without losing digits
+
 OP = Op(
     NAME,
     "conv(silu(norm(cat(x, skip)))) + bias + shortcut + time_shift + residual",
@@ -95,6 +97,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cuda", f"{__name__}.cuda:conv2d", frozenset({"cuda"}), HALVES, min_capability=(8, 0)),
         Backend("cpu", f"{__name__}.native:conv2d", frozenset({"cpu"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),
