@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.sampler_update.triton_kernel import row_index
 
 BLOCK = 4096
@@ -102,3 +103,14 @@ def dynamic_threshold(
         enable_fp_fusion=True,
     )
     return out
+
+
+AOT = [
+    Variant(
+        threshold_kernel,
+        f"*fp32 *{x} *fp32 *fp32 {step} i32 i32:16 i32 fp32",
+        {"STEP_ON_DEVICE": step == "*i64", "BLOCK": BLOCK},
+        {"num_warps": 16, "enable_fp_fusion": True},
+    )
+    for x, step in (("bf16", "*i64"), ("fp16", "i32"), ("fp32", "i32"))
+]

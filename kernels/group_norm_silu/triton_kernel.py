@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
+
 ROWS = 64  # rows of a tile
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
 MAX_PIECES = 64  # pieces that one sample's rows are cut into, so that a batch of one still fills the device
@@ -157,3 +159,19 @@ def group_norm_silu(
     )
     apply_kernel[(tiles, n, col_tiles)](x, out, coefficients, rows, c, SILU=silu, ROWS=ROWS, COLS=tile_cols, **OPTIONS)
     return out
+
+
+AOT = [
+    variant
+    for x in ("bf16", "fp16", "fp32")
+    for variant in (
+        Variant(partial_kernel, f"*{x} *fp32 i32 i32:16 i32:16", {"ROWS": ROWS, "COLS": 64}, OPTIONS),
+        Variant(
+            coefficient_kernel,
+            f"*fp32 *{x} *{x} *{x} *{x} i32:16 i32:16 *fp32 i32 i32:16 i32 i32 i32:16 fp32",
+            {"HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_SCALE": True, "PIECES": MAX_PIECES, "WIDTH": 16},
+            OPTIONS,
+        ),
+        Variant(apply_kernel, f"*{x} *{x} *fp32 i32 i32:16", {"SILU": True, "ROWS": ROWS, "COLS": 64}, OPTIONS),
+    )
+]
