@@ -44,8 +44,8 @@ class Config:
 # a device at low resolutions. float32 runs without tensor cores: small tiles keep the operands in registers.
 HALF = (
     Config(128, 128, 64, 8, 3),
-    Config(128, 64, 64, 4, 4),
-    Config(64, 128, 64, 4, 4),
+    Config(128, 64, 64, 8, 4),
+    Config(64, 128, 64, 8, 4),
     Config(64, 64, 64, 4, 4),
     Config(128, 32, 32, 4, 4),
     Config(128, 16, 32, 4, 4),
