@@ -44,7 +44,8 @@ class Row:
     arch: str
     registers: int
     shared: int  # bytes; of CUDA C++ the static ones
-    spills: int  # bytes stored and loaded, and the stack frame
+    spills: int  # bytes stored and loaded
+    stack: int  # bytes; not always a spill: the sine of a large angle needs an array
     losses: tuple[str, ...] = ()  # what ptxas calls a potential performance loss
 
     @property
@@ -60,18 +61,19 @@ class Row:
         return found
 
 
-def parse_ptxas(log: str) -> dict[str, tuple[int, int, int, tuple[str, ...]]]:
-    """Mangled name -> (registers, shared bytes, spilled bytes and stack, losses) from the words of ``ptxas -v``."""
+def parse_ptxas(log: str) -> dict[str, tuple[int, int, int, int, tuple[str, ...]]]:
+    """Mangled name -> (registers, shared bytes, spilled bytes, stack bytes, losses) from the words of ``ptxas -v``."""
     found = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         name = part[: part.index("'")]
         used = re.search(r"Used (\d+) registers", part)
         shared = re.search(r"(\d+) bytes smem", part)
-        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        if used is None or spills is None:
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        if used is None or memory is None:
             raise ValueError(f"ptxas says nothing of {name}:\n{part}")
         losses = tuple(dict.fromkeys(re.findall(r"Potential Performance Loss: ([^\n]*)", part)))
-        found[name] = (int(used[1]), int(shared[1]) if shared else 0, sum(map(int, spills.groups())), losses)
+        stack, stores, loads = map(int, memory.groups())
+        found[name] = (int(used[1]), int(shared[1]) if shared else 0, stores + loads, stack, losses)
     return found
 
 
@@ -109,8 +111,8 @@ def compile_triton(op: str, index: int, arch: str) -> list[Row]:
             os.environ.update(TRITON_CACHE_DIR=folder, TRITON_DUMP_PTXAS_LOG="1")
             target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
             compiled = triton.compile(source, target=target, options=dict(variant.options))
-        ((registers, _, spills, losses),) = parse_ptxas(log.getvalue()).values()
-        return [Row(variant.name, arch, registers, compiled.metadata.shared, spills, losses)]
+        ((registers, _, *rest),) = parse_ptxas(log.getvalue()).values()
+        return [Row(variant.name, arch, registers, compiled.metadata.shared, *rest)]
 
     key = f"{triton.__version__} {arch} {variant.name} {variant.options} {source.hash()}"
     return cached(key, functools.partial(compute))
@@ -170,11 +172,11 @@ def find_nvcc() -> str | None:
 
 # ---- the committed tables ----
 
-HEAD = "| kernel | architecture | registers | shared bytes | spilled bytes |\n|---|---|---|---|---|\n"
+HEAD = "| kernel | architecture | registers | shared bytes | spilled bytes | stack bytes |\n|---|---|---|---|---|---|\n"
 
 
 def write_table(op: str, tools: dict[str, str], rows: list[Row]) -> None:
-    lines = [f"| `{r.kernel}` | {r.arch} | {r.registers} | {r.shared} | {r.spills} |" for r in rows]
+    lines = [f"| `{r.kernel}` | {r.arch} | {r.registers} | {r.shared} | {r.spills} | {r.stack} |" for r in rows]
     made = ", ".join(f"{name} {number}" for name, number in tools.items())
     TABLES.mkdir(parents=True, exist_ok=True)
     text = f"# {op}: what its kernels take\n\nWritten by `python benchmarks/aot.py --update`. Compilers: {made}.\n\n"
@@ -189,9 +191,9 @@ def read_table(op: str) -> tuple[dict[str, str], dict[tuple[str, str], Row]]:
     made = re.search(r"Compilers: (.*)\.\n", text)
     tools = dict(pair.split(" ") for pair in made[1].split(", ")) if made else {}
     rows = [
-        Row(kernel, arch, int(registers), int(shared), int(spills))
-        for kernel, arch, registers, shared, spills in re.findall(
-            r"^\| `(.*)` \| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE
+        Row(kernel, arch, *map(int, figures))
+        for kernel, arch, *figures in re.findall(
+            r"^\| `(.*)` \| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE
         )
     ]
     return tools, {row.key: row for row in rows}
@@ -207,6 +209,8 @@ def compare(rows: list[Row], budget: dict[tuple[str, str], Row], same_compiler: 
             found.append("is not in the table")
         elif same_compiler and row.registers > -(-allowed.registers // UNIT) * UNIT:
             found.append(f"takes {row.registers} registers, the table has {allowed.registers}")
+        elif same_compiler and row.stack > allowed.stack:
+            found.append(f"takes {row.stack} bytes of stack, the table has {allowed.stack}")
         faults += [f"{row.kernel} on {row.arch} {fault}" for fault in found]
     return faults
 

@@ -132,3 +132,8 @@ def emulated_rows() -> Callable[[ModuleType], AbstractContextManager[None]]:
 @pytest.fixture(scope="session")
 def build_module() -> Callable[..., Path]:
     return build
+
+
+@pytest.fixture(scope="session")
+def load_file() -> Callable[[str, Path], ModuleType]:
+    return load

@@ -32,7 +32,7 @@ def main(backend: str, path: Path) -> None:
         for name, op in OPS.items():
             if backend not in op.backends:
                 continue
-            for case in suite(name).cases:
+            for case in suite(name).tested:
                 if case.bytes_moved(torch.float32) > BYTES or case.flops > FLOPS:
                     continue
                 for dtype in suite(name).dtypes:

@@ -107,7 +107,13 @@ AOT = [
     Variant(
         update_kernel,
         f"*fp32 *{x} *fp32 *fp32 *i64 *{x} *fp32 {step} i32 i32:16 i32 i32:16 i32",
-        {"STEP_ON_DEVICE": step == "*i64", "HAS_INPUT": True, "HAS_THRESHOLD": True, "UNSHUFFLE": 2, "COUNTERS": COUNTERS},
+        {
+            "STEP_ON_DEVICE": step == "*i64",
+            "HAS_INPUT": True,
+            "HAS_THRESHOLD": True,
+            "UNSHUFFLE": 2,
+            "COUNTERS": COUNTERS,
+        },
         {"enable_fp_fusion": True},
     )
     for x, step in (("bf16", "*i64"), ("fp16", "i32"), ("fp32", "i32"))

@@ -11,7 +11,7 @@ from idm_fast.kernels.aot import Variant
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
 # (positions, codes, channels at a time, warps): narrow codes are multiplied channel by channel, wide ones by tl.dot.
 NARROW = (64, 128, 1, 8)
-WIDE = (32, 64, 32, 8)
+WIDE = (32, 64, 16, 4)
 NARROW_WIDTH = 16
 
 
