@@ -16,6 +16,7 @@ from idm_fast.kernels import (
     attention_block,
     channel_stats,
     conv2d,
+    conv2d_int8,
     dynamic_threshold,
     group_norm_silu,
     norm_coefficients,
@@ -39,6 +40,8 @@ NAMES = (
     "dynamic_threshold",
     "time_embedding",
     "conv2d",
+    "conv2d_int8",
+    "conv2d_int8",
     "vq_nearest",
 )
 
@@ -62,6 +65,7 @@ __all__ = [
     "attention_block",
     "channel_stats",
     "conv2d",
+    "conv2d_int8",
     "dynamic_threshold",
     "group_norm_silu",
     "norm_coefficients",
