@@ -41,7 +41,6 @@ NAMES = (
     "time_embedding",
     "conv2d",
     "conv2d_int8",
-    "conv2d_int8",
     "vq_nearest",
 )
 

@@ -39,7 +39,7 @@ def activation_scale(
     shift: Tensor | None = None,  # [N, C]
     *,
     silu: bool = True,
-    sigmas: float = 6.0,
+    sigmas: float = 5.0,
 ) -> Tensor:
     """float32 [1, 2], or [N, 2] with scale and shift: (step, zero point) of silu(norm * weight + bias) as 0..255.
 
