@@ -16,6 +16,7 @@ from idm_fast.kernels import (
     attention_block,
     channel_stats,
     conv2d,
+    conv2d_fp8,
     conv2d_int8,
     dynamic_threshold,
     group_norm_silu,
@@ -41,6 +42,7 @@ NAMES = (
     "time_embedding",
     "conv2d",
     "conv2d_int8",
+    "conv2d_fp8",
     "vq_nearest",
 )
 
@@ -64,6 +66,7 @@ __all__ = [
     "attention_block",
     "channel_stats",
     "conv2d",
+    "conv2d_fp8",
     "conv2d_int8",
     "dynamic_threshold",
     "group_norm_silu",

@@ -116,7 +116,7 @@ def layer(c: int, cout: int, size: int) -> dict[str, Tensor]:
 
 
 def test_quality_cost() -> None:
-    """Signal to quantisation noise against the float32 convolution, in dB, by the range that is kept."""
+    """Signal to noise against the float32 convolution in dB: bfloat16 has 49 here, 8-bit weights alone 42."""
     at = layer(64, 64, 24)
     exact = conv2d(at["x"], at["weight"], coefficients=at["coefficients"], silu=True).double()
     weight, weight_scale = quantise_weight(at["weight"])
