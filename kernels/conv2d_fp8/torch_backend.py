@@ -45,8 +45,9 @@ def conv2d_fp8(
     else:
         wide = weight.to(a.dtype) * weight_scale.to(a.dtype)[..., None, None, None]
         values = q.to(a.dtype) * step
-        y = conv2d(values, wide, bias, stride, upsample, None, None, False, *raw, time_shift, residual, False, None)
-        assert isinstance(y, Tensor)
+        z = conv2d(values, wide, bias, stride, upsample, None, None, False, *raw, time_shift, residual, False, None)
+        assert isinstance(z, Tensor)
+        y = z
     out = y.to(x.dtype) if out is None else out.copy_(y)
     return (out, whole_stats(out)) if with_stats else out
 
