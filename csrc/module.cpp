@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "channel_stats/channel_stats.h"
 #include "common/bind.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
 #include "group_norm_silu/group_norm_silu.h"
+#include "norm_coefficients/norm_coefficients.h"
 #include "sampler_update/sampler_update.h"
 
 namespace py = pybind11;
@@ -15,6 +17,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of idm_fast. A tensor is (data_ptr, dtype code, shape, strides); None where it is optional.";
 
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
+  m.def("channel_stats", &idm::channel_stats, NoGil());
+  m.def("norm_coefficients", &idm::norm_coefficients, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());
 
