@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt csrc/cuda.cmake setup.py pyproject.toml
 
 .PHONY: help demo test lint bench clean
 

@@ -3,12 +3,19 @@
 #include <pybind11/stl.h>
 
 #include "channel_stats/channel_stats.h"
+#include "attention/attention.h"
 #include "common/bind.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "dynamic_threshold/dynamic_threshold.h"
+#include "conv2d/conv2d.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "norm_coefficients/norm_coefficients.h"
 #include "sampler_update/sampler_update.h"
+#include "vq_nearest/vq_nearest.h"
+#if defined(IDM_HAVE_CUDA)
+#include "cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -16,11 +23,33 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of idm_fast. A tensor is (data_ptr, dtype code, shape, strides); None where it is optional.";
 
+  py::class_<idm::Layout>(m, "Layout", "dtype code, shape and strides of a tensor, checked and kept.")
+      .def(py::init([](const idm::TensorView& view) {
+        idm::Layout layout{view};
+        layout.view.data = nullptr;
+        return layout;
+      }));
+
+  m.def("attention", &idm::attention, NoGil());
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
   m.def("channel_stats", &idm::channel_stats, NoGil());
   m.def("norm_coefficients", &idm::norm_coefficients, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());
+  m.def("dynamic_threshold", &idm::dynamic_threshold, NoGil());
+  m.def("vq_nearest", &idm::vq_nearest, NoGil());
+
+  m.def("conv2d", &idm::conv2d, NoGil());
+  m.def("conv2d_pack", &idm::conv2d_pack, NoGil());
+  m.def("conv2d_packed_bytes", &idm::conv2d_packed_bytes);
+  m.def("conv2d_block_rows", &idm::conv2d_block_rows);
+
+#if defined(IDM_HAVE_CUDA)
+  idm::bind_cuda(m);
+  m.attr("cuda_architectures") = IDM_HAVE_CUDA;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
 
   m.def("cpu_isa", &idm::cpu_isa_name, "Instruction set of the CPU kernels in use.");
   m.def("cpu_isas", &idm::cpu_isa_names, "Instruction sets that this machine runs, best first.");

@@ -1,8 +1,13 @@
-# The native module. A View is (data_ptr, dtype code, shape, strides in elements): see kernels/extension.py.
+# The native module. A View is (data_ptr, dtype code, shape, strides in elements), or (data_ptr, Layout): see
+# kernels/extension.py.
 # Every function checks its arguments (ValueError) before it writes, and releases the GIL while it computes.
 
-View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+class Layout:
+    def __init__(self, view: tuple[int, int, tuple[int, ...], tuple[int, ...]], /) -> None: ...
 
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]] | tuple[int, Layout]
+
+def attention(q: View, k: View, v: View, out: View, scale: float, threads: int, /) -> None: ...
 def group_norm_silu(
     x: View,
     out: View,
@@ -45,11 +50,47 @@ def sampler_update(
     step: int,
     seeds: View,
     network_input: View | None,
+    threshold: View | None,
+    unshuffle: int,
     threads: int,
     /,
 ) -> None: ...
+def dynamic_threshold(
+    x: View, model_output: View, table: View, step: int, quantile: float, out: View, threads: int, /
+) -> None: ...
 def philox_normal(out: View, seeds: View, step: int, threads: int, /) -> None: ...
+def conv2d(
+    x: View,
+    skip: View | None,
+    coefficients: View | None,
+    silu: bool,
+    weight: View,
+    kernel: int,
+    stride: int,
+    upsample: bool,
+    bias: View | None,
+    shortcut: View | None,
+    shortcut_skip: View | None,
+    shortcut_weight: View | None,
+    time_shift: View | None,
+    residual: View | None,
+    out: View,
+    partials: View | None,
+    threads: int,
+    /,
+) -> None: ...
+def conv2d_pack(weight: View, matrices: int, cout: int, taps: int, channels: int, packed: View, /) -> None: ...
+def conv2d_packed_bytes(dtype: int, matrices: int, cout: int, taps: int, channels: int, /) -> int: ...
+def conv2d_block_rows(dtype: int, rows: int, cols: int, channels: int, kernel: int, stride: int, /) -> int: ...
+def vq_nearest(z: View, codebook: View, codes: View, quantised: View, threads: int, /) -> None: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str, /) -> None: ...
 def threads_runtime() -> str: ...
+
+# What the CUDA kernels were compiled for; "" where there are none, and then csrc/cuda_bindings.h is not bound either.
+cuda_architectures: str
+
+def selftest_shuffles(out: View, stream: int, /) -> None: ...
+def selftest_row_sums(x: View, out: View, stream: int, /) -> None: ...
+def selftest_matmul(a: View, b: View, out: View, transposed: bool, stream: int, /) -> None: ...

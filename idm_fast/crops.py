@@ -17,6 +17,7 @@ from idm_fast.kernels.dispatch import BackendError, forced_backends, use_backend
 from idm_fast.models.unet import UNet
 from idm_fast.ops import OPS
 
+USED = ("group_norm_silu", "attention", "sampler_update")  # the operations of a restoration
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int], None]
 
@@ -85,7 +86,8 @@ class CropRestorer:
                 names = forced_backends()
         except BackendError as error:  # a name that no table knows
             raise IdmFastError(str(error)) from None
-        for name, op in OPS.items() if names else ():
+        for name in USED if names else ():
+            op = OPS[name]
             # The update reads the network's answer, which a residual network adds to its float32 condition.
             dtype = torch.float32 if name == "sampler_update" and self.config.unet.residual else self.dtype
             reasons = [(each, op.why_not(each, self.device, dtype)) for each in names]

@@ -5,32 +5,54 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from idm_fast.errors import IdmFastError
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; it takes the place of ``path`` when the block ends well.
 
-    On any error the temporary file is removed and ``path`` is left as it was. Raises ``IdmFastError`` where the
+    On any error the temporary file is removed and ``path`` is left as it was. A file that is replaced keeps its
+    permissions. ``make_folder``: a missing folder is made, else it is an error. Raises ``IdmFastError`` where the
     place cannot be written.
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, "Is a directory")
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, because a rename is atomic only within one file system.
         handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(_mode(path))
         os.replace(temporary, path)
     except OSError as error:
-        raise IdmFastError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise IdmFastError(f"{path}: cannot be written: {error.strerror or error or type(error).__name__}") from None
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """``atomic`` as an open binary file, in a folder that must exist."""
+    with atomic(path, make_folder=False) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+def _mode(path: Path) -> int:
+    """Permissions of the file that is replaced, else what ``open`` would give; ``mkstemp`` alone means owner only."""
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask

@@ -13,12 +13,18 @@ from idm_fast.kernels import (
     ChannelStats,
     ContractError,
     attention,
+    attention_block,
     channel_stats,
+    conv2d,
+    dynamic_threshold,
     group_norm_silu,
     norm_coefficients,
+    phase_weights,
     philox_normal,
     sampler_update,
+    time_embedding,
     use_backend,
+    vq_nearest,
 )
 from idm_fast.kernels.case import Suite
 from idm_fast.kernels.dispatch import Op
@@ -29,6 +35,11 @@ NAMES = (
     "norm_coefficients",
     "attention",
     "sampler_update",
+    "philox_normal",
+    "dynamic_threshold",
+    "time_embedding",
+    "conv2d",
+    "vq_nearest",
 )
 
 OPS: dict[str, Op] = {name: import_module(f"idm_fast.kernels.{name}").OP for name in NAMES}
@@ -48,11 +59,17 @@ __all__ = [
     "ChannelStats",
     "ContractError",
     "attention",
+    "attention_block",
     "channel_stats",
+    "conv2d",
+    "dynamic_threshold",
     "group_norm_silu",
     "norm_coefficients",
+    "phase_weights",
     "philox_normal",
     "sampler_update",
     "suite",
+    "time_embedding",
     "use_backend",
+    "vq_nearest",
 ]

@@ -92,10 +92,10 @@ def load_models(name_or_path: str | Path, target: Target) -> list[CropRestorer]:
     return models
 
 
-def choose(models: list[CropRestorer], native_px: float) -> CropRestorer:
-    """The smallest model that need not shrink a face of ``native_px`` by more than a fifth, else the largest."""
+def choose(models: list[CropRestorer], shown_px: float) -> CropRestorer:
+    """The smallest model whose answer fills ``shown_px``, a face's side in the output, to a fifth; else the largest."""
     for model in models:
-        if native_px <= 1.2 * model.size:
+        if shown_px <= 1.2 * model.size:
             return model
     return models[-1]
 

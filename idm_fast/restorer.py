@@ -127,7 +127,7 @@ class Restorer:
             detect_ms.append(1000 * (time.perf_counter() - started))
         started = time.perf_counter()
         jobs = [(index, face, k) for index, faces in enumerate(found) for k, face in enumerate(faces)]
-        chosen = [registry.choose(self.models, face.native_px) for _, face, _ in jobs]
+        chosen = [registry.choose(self.models, face.native_px * options.upscale) for _, face, _ in jobs]
         before, restored = self._run(pictures, jobs, chosen, options, settings, progress)
         network_ms = 1000 * (time.perf_counter() - started) / max(1, len(jobs))
 

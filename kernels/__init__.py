@@ -8,12 +8,18 @@ if __name__ != "idm_fast.kernels":
 
 from idm_fast.kernels import extension as extension  # warns once where the native module is missing
 from idm_fast.kernels.attention import attention
+from idm_fast.kernels.attention.block import attention_block
 from idm_fast.kernels.channel_stats import ChannelStats, channel_stats
 from idm_fast.kernels.check import ContractError
+from idm_fast.kernels.conv2d import conv2d, phase_weights
 from idm_fast.kernels.dispatch import BACKENDS, BackendError, use_backend
+from idm_fast.kernels.dynamic_threshold import dynamic_threshold
 from idm_fast.kernels.group_norm_silu import group_norm_silu
 from idm_fast.kernels.norm_coefficients import norm_coefficients
-from idm_fast.kernels.sampler_update import philox_normal, sampler_update
+from idm_fast.kernels.philox_normal import philox_normal
+from idm_fast.kernels.sampler_update import sampler_update
+from idm_fast.kernels.time_embedding import time_embedding
+from idm_fast.kernels.vq_nearest import vq_nearest
 
 __all__ = [
     "BACKENDS",
@@ -21,10 +27,16 @@ __all__ = [
     "ChannelStats",
     "ContractError",
     "attention",
+    "attention_block",
     "channel_stats",
+    "conv2d",
+    "dynamic_threshold",
     "group_norm_silu",
     "norm_coefficients",
+    "phase_weights",
     "philox_normal",
     "sampler_update",
+    "time_embedding",
     "use_backend",
+    "vq_nearest",
 ]

@@ -73,8 +73,8 @@ def no_autograd(op: str, *tensors: Tensor | None) -> None:
 
 def apart(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor, *, same_ok: bool = False) -> None:
     """``tensor``, which is written, must not share memory with ``other`` (with ``same_ok`` it may be it exactly)."""
-    begin, end = _extent(tensor)
-    other_begin, other_end = _extent(other)
+    begin, end = extent(tensor)
+    other_begin, other_end = extent(other)
     if begin >= other_end or other_begin >= end:
         return
     if same_ok and begin == other_begin and tensor.stride() == other.stride() and tensor.dtype == other.dtype:
@@ -84,11 +84,11 @@ def apart(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor
 
 def all_apart(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """No tensor of ``written`` may share memory with itself, another of ``written`` or one of ``read``."""
-    others = [(name, *_extent(tensor)) for name, tensor in read.items()]
+    others = [(name, *extent(tensor)) for name, tensor in read.items()]
     for name, tensor in written.items():
         if 0 in tensor.stride() and any(s == 0 < n - 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
             _overlap(op, name, "expanded in no dimension")
-        begin, end = _extent(tensor)
+        begin, end = extent(tensor)
         for other_name, other_begin, other_end in others:
             if begin < other_end and other_begin < end:
                 _overlap(op, name, f"apart from {other_name}")
@@ -99,7 +99,8 @@ def _overlap(op: str, argument: str, contract: str) -> NoReturn:
     fail(op, argument, contract, "no overlap", "overlapping memory")
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor's elements lie between; with gaps it is all of what lies in them too."""
     begin = tensor.data_ptr()
     if tensor.is_contiguous() or (tensor.dim() == 4 and is_nhwc(tensor)):
         return begin, begin + tensor.nbytes

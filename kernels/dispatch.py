@@ -89,6 +89,10 @@ class Op:
 
     def run(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Any:
         """Runs the chosen backend on ``args``. Raises ``BackendError`` when none of the allowed ones can."""
+        return self.choose(device, dtype, *args)(*args)
+
+    def choose(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Callable[..., Any]:
+        """The implementation that ``run`` would call. Raises ``BackendError`` when none of the allowed ones can."""
         forced = forced_backends()
         last = self._last  # the same layer kind as before, mostly: comparing is cheaper than hashing
         if last is not None and dtype is last[1] and device == last[0] and forced == last[2]:
@@ -99,7 +103,7 @@ class Op:
             self._last = (device, dtype, forced, plan)
         for limits, run in plan:
             if limits is None or limits(*args) is None:
-                return run(*args)
+                return run
         raise BackendError(self._explain(device, dtype, forced, args))
 
     def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype, *args: Any) -> str | None:
@@ -120,6 +124,22 @@ class Op:
         """Name of the backend that runs when none is forced and no limit refuses the call."""
         place = torch.device(device)
         return next((n for n, row in self.backends.items() if row.why_not(place, dtype) is None), None)
+
+    @contextmanager
+    def substituted(self, row: Backend) -> Iterator[None]:
+        """Puts ``row`` in the place of the row of its name inside the block. For tests; not safe between threads."""
+        before = self.backends[row.name]
+        self.backends[row.name] = row
+        self._forget()
+        try:
+            yield
+        finally:
+            self.backends[row.name] = before
+            self._forget()
+
+    def _forget(self) -> None:
+        self._plans.clear()
+        self._last = None
 
     def _plan(self, device: torch.device, dtype: torch.dtype, forced: tuple[str, ...]) -> Plan:
         rows = [self.backends[name] for name in forced or self.backends if name in self.backends]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ _CODES = {
     torch.float8_e4m3fn: 6,
 }
 
+Layout = Any  # _C.Layout: what a View says but for the address, checked once and kept
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -46,9 +48,43 @@ def require_native() -> ModuleType:
     return native
 
 
+cuda_stand_in: ModuleType | None = None  # the tests' CUDA-on-CPU module, while they load copies of <op>/cuda.py
+
+
+def require_cuda() -> ModuleType:
+    """The native module with its CUDA kernels, or the ImportError that tells dispatch why there are none."""
+    if cuda_stand_in is not None:
+        return cuda_stand_in
+    module = require_native()
+    if not module.cuda_architectures:
+        raise ImportError(
+            "the native module was built without CUDA (it needs nvcc and looks for a driver); force it with:"
+            " IDM_FAST_CMAKE_ARGS=-DIDM_FAST_CUDA=ON pip install --no-build-isolation -e ."
+        )
+    return module
+
+
+def cuda_stream(tensor: Tensor) -> int:
+    """The current stream of the tensor's device, as the address that CUDA kernels are launched with.
+
+    Raises RuntimeError where another device is the current one: kernels would be launched there.
+    """
+    if not tensor.is_cuda:
+        return 0
+    current = torch.cuda.current_device()
+    if tensor.device.index != current:
+        raise RuntimeError(f"the current CUDA device must be that of the tensors = {tensor.device}, got cuda:{current}")
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
 def view(tensor: Tensor) -> View:
     """(address, dtype code, shape, strides in elements): all that native code learns of a tensor."""
     return tensor.data_ptr(), _CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def layout(tensor: Tensor) -> Layout:
+    """What ``view`` says of a tensor but for its address, for calls that come again: (data_ptr, layout) is a view."""
+    return require_native().Layout(view(tensor))
 
 
 def optional_view(tensor: Tensor | None) -> View | None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -46,3 +51,39 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
     native.save(path, module, config, {}, torch.float32)
     return path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_cuda_on_cpu(folder: Path, *options: str) -> Path:
+    """Builds ``_E.so``, the CUDA kernels for the CPU, where its sources have changed. Skips without a compiler."""
+    pybind11 = pytest.importorskip("pybind11")
+    tools = {}
+    for name, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
+        module = pytest.importorskip(name)
+        tools[name] = str(Path(getattr(module, attribute)) / name)
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler found: c++ (or what CXX names)")
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        tools["cmake"], f"-S{ROOT / 'csrc' / 'common' / 'cuda_on_cpu'}", f"-B{folder}", "-GNinja",
+        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}", "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
+    ]  # fmt: skip
+    for command in (configure, [tools["cmake"], "--build", str(folder), "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folder / "_E.so"
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """The CUDA kernels compiled for the CPU: what ``_C`` is on a machine with a GPU, for CPU tensors."""
+    path = build_cuda_on_cpu(ROOT / "build" / "cuda_on_cpu")
+    spec = importlib.util.spec_from_file_location("_E", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

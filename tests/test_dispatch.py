@@ -118,7 +118,6 @@ def test_tables() -> None:
         assert table["cuda"] is not None
         expected = "cpu" if "cpu" in op.backends and extension.native else "torch"
         assert op.automatic("cpu", torch.float32) == expected
-    assert OPS["attention"].why_not("cpu", "cpu", torch.float32) == "not written for this operation"
     assert "float64" in str(OPS["group_norm_silu"].why_not("triton", "cpu", torch.float64))
 
 
@@ -206,12 +205,67 @@ def grad(tensor: torch.Tensor) -> torch.Tensor:
             r"network_input must be expanded in no dimension",
         ),
         (lambda: sampler_update(X, X + 0, X + 0, grad(TABLE), 0, SEEDS), r"no input must require grad"),
+        (lambda: sampler_update(X, X + 0, X + 0, TABLE[:0], SEEDS[:1], SEEDS), r"table must be contiguous = \[T, 8\]"),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, SEEDS, SEEDS),
+            r"step must be one element = \[\] or \[1\], got \[2\]",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, SEEDS[:1].int(), SEEDS),
+            r"step must be of dtype = int64, got int32",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, threshold=torch.ones(3)),
+            r"threshold must be \[N\] = \[2\], got \[3\]",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, threshold=torch.ones(2).double()),
+            r"threshold must be of dtype = float32, got float64",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, threshold=torch.ones(4)[::2]),
+            r"threshold must be contiguous = stride 1, got stride 2",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, network_input=X + 0, unshuffle=3),
+            r"unshuffle must be a divisor of height and width = divisor of 4 and 4, got 3",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, network_input=X + 0, unshuffle=2),
+            r"network_input must be of pixel_unshuffle\(x\)'s shape = \[2, 32, 2, 2\], got \[2, 8, 4, 4\]",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, unshuffle=2),
+            r"unshuffle must be the layout of a network_input = 1 without one, got 2",
+        ),
         (lambda: group_norm_silu(X, 2, out=grad(X)), r"no input must require grad"),
     ],
 )
 def test_refusals(call: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         call()
+
+
+def test_a_sampler_update_that_ran_before_is_still_checked() -> None:
+    """The checks are not repeated for shapes and types that kept the contract once; the rest is asked every time."""
+    x, output, history = X + 0, X + 0, X + 0
+    for backend in ("cpu", "torch"):
+        try:
+            with use_backend(backend):
+                for _ in range(2):
+                    sampler_update(x, output, history, TABLE, 0, SEEDS)
+                refused = {
+                    r"step must be a row of table": (x, output, history, TABLE, 3, SEEDS),
+                    r"x must be apart from model_output": (x, x, history, TABLE, 0, SEEDS),
+                    r"history must be apart from x": (x, output, x, TABLE, 0, SEEDS),
+                    r"no input must require grad": (x, grad(output), history, TABLE, 0, SEEDS),
+                    r"table must be contiguous": (x, output, history, TABLE.T.contiguous().T, 0, SEEDS),
+                }
+                for message, arguments in refused.items():
+                    with pytest.raises(ContractError, match=message):
+                        sampler_update(*arguments)
+        except BackendError:
+            continue
 
 
 def test_gradients_are_refused_only_where_they_would_flow() -> None:

@@ -214,7 +214,7 @@ def test_failed_writes_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(IdmFastError, match="No such file"):
         write_image(picture, tmp_path / "missing" / "x.png")
     (tmp_path / "x.png").mkdir()
-    with pytest.raises(IdmFastError, match="existing directory"):
+    with pytest.raises(IdmFastError, match="Is a directory"):
         write_image(picture, tmp_path / "x.png")
     with pytest.raises(IdmFastError, match="extension must be one of"):
         write_image(picture, tmp_path / "x.psd")

@@ -146,3 +146,9 @@ def test_native_checks_for_itself() -> None:
         native.philox_normal(view(x), view(torch.zeros(1)), 0, 1)
     with pytest.raises(TypeError):
         native.philox_normal((1, 2, 3), view(torch.zeros(1)), 0, 1)
+
+
+@pytest.mark.skipif(extension.native is None or extension.native.cuda_architectures != "", reason="built with CUDA")
+def test_a_build_without_cuda_says_so() -> None:
+    with pytest.raises(ImportError, match=r"built without CUDA.*IDM_FAST_CMAKE_ARGS=-DIDM_FAST_CUDA=ON"):
+        extension.require_cuda()

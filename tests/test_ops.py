@@ -44,7 +44,8 @@ def truth(name: str, case: Case, dtype: torch.dtype) -> tuple[Outputs, Outputs]:
 def run(name: str, case: Case, dtype: torch.dtype, backend: str) -> Outputs:
     """Runs the case, or skips it with the backend's own reason."""
     inputs = case.inputs(dtype, DEVICE)
-    parts = [part for value in inputs.values() for part in (value if isinstance(value, tuple) else (value,))]
+    values = [*inputs.values(), *truth(name, case, dtype)[0].values()]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
     largest = max(part.numel() for part in parts if isinstance(part, torch.Tensor))
     if backend == "triton" and DEVICE == "cpu" and largest > INTERPRETED_ELEMENTS:
         pytest.skip("too large for Triton's interpreter")

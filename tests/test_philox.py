@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from idm_fast.kernels.sampler_update import reference
+from idm_fast.kernels.philox_normal import reference
 from idm_fast.ops import ContractError, philox_normal, sampler_update, use_backend
 
 ONES = 0xFFFFFFFF

@@ -55,6 +55,13 @@ def test_an_aligned_face_keeps_size_and_type(restorer: Restorer, face: np.ndarra
     assert all(value >= 0 for value in result.milliseconds.values())
 
 
+def test_the_model_is_chosen_by_the_size_that_will_be_shown(restorer: Restorer, face: np.ndarray) -> None:
+    quick = {"aligned": True, "num_inference_steps": 1}
+    assert restorer.restore(face, **quick).faces[0].model == "idm-face-128"
+    larger = restorer.restore(face, upscale=2, **quick)
+    assert (larger.faces[0].model, larger.image.size) == ("idm-face-256", (256, 256))
+
+
 def test_a_batch_equals_its_singles(restorer: Restorer, face: np.ndarray) -> None:
     faces = [face, face[::-1].copy(), face[:, ::-1].copy()]
     together = restorer.restore(faces, batch_size=3, **QUICK)

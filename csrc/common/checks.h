@@ -38,6 +38,16 @@ inline bool same_shape(const TensorView& a, const TensorView& b) {
   return true;
 }
 
+// Whether the bytes that two tensors reach over (gaps between their elements included) have none in common.
+inline bool apart(const TensorView& a, const TensorView& b) {
+  auto end = [](const TensorView& t) {
+    int64_t last = 0;
+    for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.stride[i];
+    return t.data + (last + 1) * element_size(t.dtype);
+  };
+  return !a || !b || a.data >= end(b) || b.data >= end(a);
+}
+
 inline bool is_float(const TensorView& t) { return static_cast<int>(t.dtype) < kFloatTypes; }
 
 }  // namespace idm

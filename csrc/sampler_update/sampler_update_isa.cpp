@@ -20,17 +20,18 @@ inline void store_input(None*, vf) {}
 
 // One turn: kStride elements at x, model_output, history, input; `counter` is the number of the first element / 4.
 template <class M, class I>
-inline void turn(const SamplerRow& row, const PhiloxStream& stream, uint64_t counter, float* x, const M* model_output,
+inline void turn(const SamplerRow& row, const SamplerSpan& span, uint64_t counter, float* x, const M* model_output,
                  float* history, I* input) {
   vf noise[4];
-  if (row.s != 0.0f) normals(counter, stream, noise);
+  if (row.s != 0.0f) normals(counter, PhiloxStream{span.seed, span.word2}, noise);
   for (int i = 0; i < 4; ++i) {
     const int at = i * kWidth;
     const vf old = load(x + at);
     vf x0 = old * row.k_x + load(model_output + at) * row.k_out;
-    if (row.clamp > 0.0f) {  // comparisons that a NaN fails, so that it stays one
-      x0 = x0 > row.clamp ? splat(row.clamp) : x0;
-      x0 = x0 < -row.clamp ? splat(-row.clamp) : x0;
+    if (span.rescale || span.limit > 0.0f) {  // comparisons that a NaN fails, so that it stays one
+      x0 = x0 > span.limit ? splat(span.limit) : x0;
+      x0 = x0 < -span.limit ? splat(-span.limit) : x0;
+      if (span.rescale) x0 = x0 / span.limit;
     }
     vf next = old * row.a + x0 * row.b;
     if (row.c != 0.0f) next += load(history + at) * row.c;
@@ -41,27 +42,51 @@ inline void turn(const SamplerRow& row, const PhiloxStream& stream, uint64_t cou
   }
 }
 
+// Element e and those after it go to their places in the network's own layout.
+template <class I>
+inline void scatter(const SamplerSpan& span, int64_t e, const I* values, int64_t count) {
+  int64_t h = e / span.row, p = e % span.row;
+  I* input = reinterpret_cast<I*>(span.network_input);
+  while (count > 0) {
+    I* target = input + h / span.unshuffle * span.row_stride + h % span.unshuffle * span.unshuffle;
+    const int64_t here = count < span.row - p ? count : span.row - p;
+    const int64_t* offsets = span.offsets + p;
+    for (int64_t i = 0; i < here; ++i) target[offsets[i]] = values[i];
+    values += here;
+    count -= here;
+    ++h;
+    p = 0;
+  }
+}
+inline void scatter(const SamplerSpan&, int64_t, const None*, int64_t) {}
+
 template <class M, class I>
 void update(const SamplerRow& row, const SamplerSpan& span) {
-  const PhiloxStream stream{span.seed, span.word2};
   const M* model_output = reinterpret_cast<const M*>(span.model_output);
   I* input = reinterpret_cast<I*>(span.network_input);
+  I cast[kStride] = {};
   int64_t e = span.begin;
-  for (; e + kStride <= span.end; e += kStride)
-    turn(row, stream, static_cast<uint64_t>(e) / 4, span.x + e, model_output + e, span.history + e, input + e);
+  for (; e + kStride <= span.end; e += kStride) {
+    I* target = span.offsets ? cast : input + e;
+    turn(row, span, static_cast<uint64_t>(e) / 4, span.x + e, model_output + e, span.history + e, target);
+    if (span.offsets) scatter(span, e, cast, kStride);
+  }
   if (e == span.end) return;
 
   const size_t left = static_cast<size_t>(span.end - e);
   float x[kStride] = {}, history[kStride] = {};
   M output[kStride] = {};
-  I cast[kStride] = {};
   std::memcpy(x, span.x + e, left * sizeof(float));
   std::memcpy(output, model_output + e, left * sizeof(M));
   std::memcpy(history, span.history + e, left * sizeof(float));
-  turn(row, stream, static_cast<uint64_t>(e) / 4, x, output, history, cast);
+  turn(row, span, static_cast<uint64_t>(e) / 4, x, output, history, cast);
   std::memcpy(span.x + e, x, left * sizeof(float));
   std::memcpy(span.history + e, history, left * sizeof(float));
-  if (input) std::memcpy(input + e, cast, left * sizeof(I));
+  if (span.offsets) {
+    scatter(span, e, cast, span.end - e);
+  } else if (input) {
+    std::memcpy(input + e, cast, left * sizeof(I));
+  }
 }
 
 void normal(const SamplerSpan& span) {

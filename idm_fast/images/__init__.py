@@ -3,7 +3,7 @@
 from idm_fast.images.limits import MAX_PIXELS, MAX_SIDE, READABLE, WRITABLE
 from idm_fast.images.picture import Picture, picture_from_array
 from idm_fast.images.read import image_size, picture_from_pil, read_image
-from idm_fast.images.write import atomic_file, copy_file, output_format, write_image
+from idm_fast.images.write import copy_file, output_format, write_image
 
 __all__ = [
     "MAX_PIXELS",
@@ -11,7 +11,6 @@ __all__ = [
     "READABLE",
     "WRITABLE",
     "Picture",
-    "atomic_file",
     "copy_file",
     "image_size",
     "output_format",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from idm_fast.errors import IdmFastError
+from idm_fast.files import atomic_file
 from idm_fast.images.limits import WRITABLE
 from idm_fast.images.picture import Picture, quantise
 from idm_fast.images.sixteen_bit import write_png16, write_tiff16
@@ -87,42 +86,6 @@ def open_for_copy(path: Path) -> Iterator[IO[bytes]]:
         raise IdmFastError(f"{path}: expected a readable file, got {error.strerror or error}") from error
     with file:
         yield file
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of ``path`` when the block ends well and leaves no trace when it does not.
-
-    Raises ``IdmFastError`` when the folder is missing, ``path`` is a directory, or writing fails.
-    """
-    if path.is_dir():
-        raise IdmFastError(f"{path}: output must be a file, got an existing directory")
-    temporary: str | None = None
-    try:
-        # In the same folder, because a rename is atomic only within one file system.
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, _new_file_mode(path))
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise IdmFastError(f"{path}: expected a writable output file, got {reason}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _new_file_mode(path: Path) -> int:
-    """Permissions of the file that is replaced, else what ``open`` would give; ``mkstemp`` alone means owner only."""
-    try:
-        return path.stat().st_mode & 0o777
-    except OSError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
 
 
 def _over_white(picture: Picture) -> Picture:

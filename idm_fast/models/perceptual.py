@@ -140,7 +140,12 @@ class Lpips(nn.Module):
     def prepare(self, b: Tensor) -> list[Tensor]:
         """The unit feature maps of the target ``b`` [N, 3, H, W] in [-1, 1], without a graph, for ``distance_to``."""
         with torch.no_grad():
-            return [_unit(features) for features in self.trunk(b)]
+            return self.units(self.trunk(b))
+
+    @staticmethod
+    def units(maps: Sequence[Tensor]) -> list[Tensor]:
+        """The five feature ``maps`` of a target, each position's channels scaled to length 1, for ``compare``."""
+        return [_unit(features) for features in maps]
 
     def distance_to(self, prepared: Sequence[Tensor], a: Tensor) -> Tensor:
         """Distances [N] float32 of the images ``a`` [N, 3, H, W] in [-1, 1] to targets from ``prepare``."""
@@ -161,4 +166,4 @@ class Lpips(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distances [N] float32 of ``a`` and ``b`` [N, 3, H, W] in [-1, 1] RGB; gradients reach both."""
-        return self.distance_to([_unit(features) for features in self.trunk(b)], a)
+        return self.distance_to(self.units(self.trunk(b)), a)

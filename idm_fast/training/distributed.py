@@ -35,6 +35,14 @@ class Group:
         dist.broadcast(shared, 0)
         return int(shared.item())
 
+    def average(self, model: nn.Module) -> None:
+        """Averages the gradients of a ``model`` that is not wrapped."""
+        if self.size > 1:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.size
+
     def leave(self) -> None:
         """Waits for all, so that what process 0 wrote last is there for each, and dissolves the group."""
         if self.size > 1:

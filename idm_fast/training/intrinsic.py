@@ -76,6 +76,12 @@ class Trainer:
             self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.loss = RestorationLoss(settings.loss).to(self.device)
+        self.critic_optimizer: torch.optim.Optimizer | None = None
+        if self.loss.critic is not None:
+            self.critic_optimizer = torch.optim.Adam(
+                self.loss.critic.parameters(), lr=settings.loss.critic_rate, betas=(0.5, 0.99)
+            )
         self.schedule = Schedule.from_config(self.config.diffusion)
         self.step, self.seconds = load_state(self.state_file, self) if resumed else (0, 0.0)
         if self.step > settings.steps:
@@ -85,7 +91,6 @@ class Trainer:
             raise IdmFastError(
                 f"{self.state_file}: every process must read the same state = step {main}, got {self.step}"
             )
-        self.loss = RestorationLoss(settings.loss).to(self.device)
         self.network: nn.Module = self.group.wrap(self.model)
 
     def run(self, budget_minutes: float | None = None) -> None:
@@ -147,18 +152,31 @@ class Trainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = s.learning_rate_at(self.step)
         with self._autocast():
-            terms = self.loss(self.network(x_t, t, y), x0, snr, corner)
+            terms = self.loss(self.network(x_t, t, y), x0, snr, corner, self.step)
         total = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
-        figures = torch.stack([*(term.detach().float() for term in terms.values()), norm]).tolist()  # the one wait
-        if math.isfinite(figures[-1]):  # one bad batch must not end a run; the log shows it
+        shown = {name: term.detach().float() for name, term in terms.items()} | {"grad_norm": norm}
+        if self.critic_optimizer is not None:
+            shown["critic"] = self._teach_critic(self.critic_optimizer)
+        figures = dict(zip(shown, torch.stack(list(shown.values())).tolist(), strict=True))  # the one wait
+        if math.isfinite(figures["grad_norm"]):  # one bad batch must not end a run; the log shows it
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.model, self.step)
-        return dict(zip([*terms, "grad_norm"], figures, strict=True))
+        return figures
+
+    def _teach_critic(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        assert self.loss.critic is not None
+        hinge = self.loss.hinge()  # float32: the heads are small
+        optimizer.zero_grad(set_to_none=True)
+        hinge.backward()  # type: ignore[no-untyped-call]
+        self.group.average(self.loss.critic)
+        if hinge.isfinite():
+            optimizer.step()
+        return hinge.detach()
 
     def _noised(self, x0: Tensor, y: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, the network's time and the SNR of a batch; the first items start from pure noise, the last roll out."""

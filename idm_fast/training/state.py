@@ -29,6 +29,9 @@ def save_state(path: Path, trainer: Trainer) -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
     }
+    if trainer.critic_optimizer is not None and trainer.loss.critic is not None:
+        state["critic"] = trainer.loss.critic.state_dict()
+        state["critic_optimizer"] = trainer.critic_optimizer.state_dict()
     with atomic(path) as temporary:
         torch.save(state, temporary)
 
@@ -52,6 +55,9 @@ def load_state(path: Path, trainer: Trainer) -> tuple[int, float]:
         trainer.ema.model.load_state_dict(state["ema"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state["scaler"])
+        if trainer.critic_optimizer is not None and trainer.loss.critic is not None:
+            trainer.loss.critic.load_state_dict(state["critic"])
+            trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise IdmFastError(f"{path}: does not fit {trainer.config.name}: {error}".splitlines()[0]) from None
     return int(state["step"]), float(state["seconds"])

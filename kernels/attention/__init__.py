@@ -10,7 +10,8 @@ from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
 from idm_fast.kernels.interpreter import triton_condition
 
 NAME = "attention"
-MAX_TRITON_HEAD = 256
+MAX_TRITON_HEAD = 512
+MAX_TRITON_STRIDE = 2**24
 
 
 def attention(
@@ -59,8 +60,11 @@ def attention(
 
 
 def _triton_limits(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None) -> str | None:
-    d = q.shape[-1]
-    return None if d <= MAX_TRITON_HEAD else f"takes heads of width <= {MAX_TRITON_HEAD}, not {d}"
+    if q.shape[-1] > MAX_TRITON_HEAD:
+        return f"takes heads of width <= {MAX_TRITON_HEAD}, not {q.shape[-1]}"
+    if max(k.stride(1), v.stride(1)) > MAX_TRITON_STRIDE:  # offsets inside a tile are 32 bits wide
+        return f"takes positions at most {MAX_TRITON_STRIDE} elements apart, not {max(k.stride(1), v.stride(1))}"
+    return None
 
 
 OP = Op(
@@ -76,6 +80,8 @@ OP = Op(
             limits=_triton_limits,
             condition=triton_condition,
         ),
+        Backend("cpu", f"{__name__}.native:attention", frozenset({"cpu"}), FLOATS),
+        Backend("xformers", f"{__name__}.xformers_backend:attention", frozenset({"cuda"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
     ],

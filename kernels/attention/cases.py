@@ -20,6 +20,7 @@ def case(
     spread: float = 1.0,
     scale: float | None = None,
     layer: bool = False,
+    timed_only: bool = False,
 ) -> Case:
     n, length, heads, d = shape
 
@@ -34,19 +35,31 @@ def case(
 
     s = length if keys is None else keys
     rows = 2 * n * heads * d * (length + s)
-    return Case(name, why, make, lambda dtype: rows * element_size(dtype), 4 * n * heads * length * s * d, layer)
+    return Case(
+        name, why, make, lambda dtype: rows * element_size(dtype), 4 * n * heads * length * s * d, layer, timed_only
+    )
 
 
 CASES = [
     case("idm128_16px", "idm-128: 16 px, 192 channels in heads of 64", (1, 256, 3, 64), layer=True),
-    case("gd256_16px", "gd-256: 16 px, heads of 64", (1, 256, 8, 64), layer=True),
+    case("gd256_32px", "gd-256 and difface-512: 32 px, 256 channels in heads of 64", (1, 1024, 4, 64), layer=True),
+    case("gd256_16px", "gd-256 and difface-512: 16 px, 512 channels in heads of 64", (1, 256, 8, 64), layer=True),
+    case("gd256_8px", "gd-256 and difface-512: 8 px, 512 channels in heads of 64", (1, 64, 8, 64), layer=True),
+    case("gd256_16px_batch", "gd-256: 16 px, four images", (4, 256, 8, 64), layer=True),
     case("sr3_16px", "sr3-128: 16 px, one head of 512 channels", (1, 256, 1, 512), layer=True),
+    case("sr3_512_32px", "sr3-512: middle at 32 px, one head of 1024", (1, 1024, 1, 1024), layer=True, timed_only=True),
+    case("vq_f4_64px", "vq-f4 codec: middle at 64 px, one head of 512", (1, 4096, 1, 512), layer=True, timed_only=True),
     case("one_token", "a 1 x 1 image", (2, 1, 2, 32)),
     case("odd", "no multiple of any tile", (2, 77, 3, 40)),
-    case("narrow", "heads narrower than a matrix instruction", (1, 50, 2, 5)),
+    case("narrow", "heads narrower than a matrix instruction, and of odd width", (1, 50, 2, 5)),
+    case("wide_tail", "a wide head that is no multiple of a tile", (1, 20, 1, 300)),
+    case("panel_tail", "one key more than the key blocks hold", (1, 5, 1, 72), keys=257),
     case("cross", "more keys than queries", (1, 9, 2, 16), keys=70),
+    case("cross_one_key", "one key: its value, whatever the score", (2, 37, 1, 24), keys=1),
     case("sharp", "scores of +-1e3: the maximum must be subtracted", (1, 40, 1, 32), spread=14.0),
+    case("saturated", "scores of +-1e4: one weight is one, the rest zero", (1, 70, 2, 32), spread=100.0),
     case("flat", "scale 0: the mean of the values", (1, 33, 1, 16), scale=0.0),
+    case("backwards", "a negative scale: the lowest score weighs most", (1, 33, 2, 16), scale=-0.7),
 ]
 
 

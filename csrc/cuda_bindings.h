@@ -1,0 +1,29 @@
+// The CUDA kernels as Python sees them: in _C where it was built with CUDA, in the tests' _E where the CPU stands in.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/bind.h"
+#include "common/selftest.h"
+#include "conv2d/conv2d_cuda.h"
+#include "dynamic_threshold/dynamic_threshold.h"
+#include "sampler_update/sampler_update.h"
+
+namespace idm {
+
+inline void bind_cuda(pybind11::module_& m) {
+  using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("dynamic_threshold_cuda", &dynamic_threshold_cuda, NoGil());
+  m.def("philox_normal_cuda", &philox_normal_cuda, NoGil());
+  m.def("sampler_update_cuda", &sampler_update_cuda, NoGil());
+  m.def("selftest_shuffles", &selftest_shuffles, NoGil());
+  m.def("selftest_row_sums", &selftest_row_sums, NoGil());
+  m.def("selftest_matmul", &selftest_matmul, NoGil());
+  m.def("conv2d_cuda", &conv2d_cuda, NoGil());
+  m.def("conv2d_cuda_plan", &conv2d_cuda_plan);
+  m.def("conv2d_cuda_pieces", &conv2d_cuda_pieces);
+  m.def("conv2d_cuda_map", &conv2d_cuda_map);
+}
+
+}  // namespace idm

@@ -1,0 +1,155 @@
+"""The checks of conv2d, and the shape of its result."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.kernels import check
+
+NAME = "conv2d"
+
+# What every backend takes, in this order: the arguments of ``conv2d``.
+Arguments = tuple[
+    Tensor, Tensor, Tensor | None, int, bool, Tensor | None, Tensor | None, bool, Tensor | None, Tensor | None,
+    Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None,
+]  # fmt: skip
+Shape = tuple[int, int, int, int]
+
+
+def output_shape(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> Shape:
+    """[N, Cout, Ho, Wo] of a call that was checked."""
+    n, _, h, w = x.shape
+    if upsample:
+        return n, weight.shape[1], 2 * h, 2 * w
+    return n, weight.shape[0], (h - 1) // stride + 1, (w - 1) // stride + 1
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    upsample: bool,
+    skip: Tensor | None,
+    coefficients: Tensor | None,
+    silu: bool,
+    shortcut: Tensor | None,
+    shortcut_skip: Tensor | None,
+    shortcut_weight: Tensor | None,
+    time_shift: Tensor | None,
+    residual: Tensor | None,
+    with_stats: bool,
+    out: Tensor | None,
+) -> Shape:
+    """Raises ``ContractError`` for the first argument that breaks the contract; returns the shape of the result."""
+    read = {
+        "x": x, "weight": weight, "bias": bias, "skip": skip, "coefficients": coefficients, "shortcut": shortcut,
+        "shortcut_skip": shortcut_skip, "shortcut_weight": shortcut_weight, "time_shift": time_shift,
+        "residual": residual,
+    }  # fmt: skip
+    check.no_autograd(NAME, *read.values(), out)
+    if x.dim() != 4:
+        check.fail(NAME, "x", "4-dimensional", "[N, C1, H, W]", list(x.shape))
+    check.floating(NAME, "x", x)
+    check.nhwc(NAME, "x", x)
+    n, c, h, w = x.shape
+    if 0 in (c, h, w):
+        check.fail(NAME, "x", "of at least one channel and position", "C1, H, W >= 1", list(x.shape))
+    if skip is not None:
+        _image("skip", skip, x, (n, -1, h, w))
+        c += skip.shape[1]
+    _weight(weight, x, c, stride, upsample)
+    shape = output_shape(x, weight, stride, upsample)
+    cout = shape[1]
+    if bias is not None:
+        _parameter("bias", bias, x, "[Cout]", (cout,))
+    if coefficients is not None:
+        check.shape_is(NAME, "coefficients", coefficients, "[N, 3, C]", (n, 3, c))
+        check.dtype_in(NAME, "coefficients", coefficients, (torch.float32, *_double(x)))
+        check.device_is(NAME, "coefficients", coefficients, x.device)
+        if not coefficients.is_contiguous():
+            check.fail(NAME, "coefficients", "contiguous", "True", "False")
+    elif silu:
+        check.fail(NAME, "silu", "given with coefficients", "False without them", silu)
+    _shortcut(x, shape, shortcut, shortcut_skip, shortcut_weight)
+    if time_shift is not None:
+        _parameter("time_shift", time_shift, x, "[N, Cout]", (n, cout))
+    if residual is not None:
+        _image("residual", residual, x, shape)
+    if out is not None:
+        _image("out", out, x, shape)
+        check.all_apart(NAME, {"out": out}, {name: tensor for name, tensor in read.items() if tensor is not None})
+    return shape
+
+
+def _weight(weight: Tensor, x: Tensor, c: int, stride: int, upsample: bool) -> None:
+    check.dtype_in(NAME, "weight", weight, (x.dtype,))
+    check.device_is(NAME, "weight", weight, x.device)
+    if upsample:
+        if stride != 1:
+            check.fail(NAME, "stride", "1 with upsample", 1, stride)
+        if weight.dim() != 5:
+            contract = "the phase weights of phase_weights(weight)"
+            check.fail(NAME, "weight", contract, "[4, Cout, C, 2, 2]", list(weight.shape))
+        cout = weight.shape[1]
+        check.shape_is(NAME, "weight", weight, "[4, Cout, C, 2, 2]", (4, cout, c, 2, 2))
+        if not weight.permute(0, 1, 3, 4, 2).is_contiguous():
+            expected = f"strides {[4 * cout * c, 4 * c, 1, 2 * c, c]}"
+            check.fail(NAME, "weight", "in the order [4][Cout][2][2][C]", expected, f"strides {list(weight.stride())}")
+    else:
+        if weight.dim() != 4:
+            check.fail(NAME, "weight", "4-dimensional", "[Cout, C, k, k]", list(weight.shape))
+        cout, k = weight.shape[0], weight.shape[3]
+        if k not in (1, 3):
+            check.fail(NAME, "weight", "of kernel size", "1 or 3", k)
+        check.shape_is(NAME, "weight", weight, "[Cout, C, k, k]", (cout, c, k, k))
+        check.nhwc(NAME, "weight", weight)
+        if stride not in ((1,) if k == 1 else (1, 2)):
+            check.fail(NAME, "stride", f"allowed for k = {k}", "1" if k == 1 else "1 or 2", stride)
+    if cout == 0:
+        check.fail(NAME, "weight", "of at least one output channel", "Cout >= 1", 0)
+
+
+def _shortcut(
+    x: Tensor, shape: Shape, shortcut: Tensor | None, shortcut_skip: Tensor | None, weight: Tensor | None
+) -> None:
+    if (shortcut is None) != (weight is None):
+        check.fail(NAME, "shortcut and shortcut_weight", "given together", "both or none", "one of them")
+    if shortcut is None or weight is None:
+        if shortcut_skip is not None:
+            check.fail(NAME, "shortcut_skip", "given with shortcut", "None without it", list(shortcut_skip.shape))
+        return
+    n, cout, h, w = shape
+    _image("shortcut", shortcut, x, (n, -1, h, w))
+    channels = shortcut.shape[1]
+    if shortcut_skip is not None:
+        _image("shortcut_skip", shortcut_skip, x, (n, -1, h, w))
+        channels += shortcut_skip.shape[1]
+    check.shape_is(NAME, "shortcut_weight", weight, "[Cout, Cs]", (cout, channels))
+    check.dtype_in(NAME, "shortcut_weight", weight, (x.dtype,))
+    check.device_is(NAME, "shortcut_weight", weight, x.device)
+    if not weight.is_contiguous():
+        check.fail(NAME, "shortcut_weight", "contiguous", "True", "False")
+
+
+def _image(name: str, image: Tensor, x: Tensor, shape: Shape) -> None:
+    """An NHWC image of x's dtype and device; -1: any number of channels above zero."""
+    n, c, h, w = shape
+    if image.dim() != 4 or image.shape[1] == 0:
+        check.fail(NAME, name, "4-dimensional with channels", [n, "C" if c < 0 else c, h, w], list(image.shape))
+    check.shape_is(NAME, name, image, "[N, C, H, W]", (n, image.shape[1] if c < 0 else c, h, w))
+    check.dtype_in(NAME, name, image, (x.dtype,))
+    check.device_is(NAME, name, image, x.device)
+    check.nhwc(NAME, name, image)
+
+
+def _parameter(name: str, value: Tensor, x: Tensor, contract: str, shape: tuple[int, ...]) -> None:
+    check.shape_is(NAME, name, value, contract, shape)
+    check.dtype_in(NAME, name, value, (torch.float32, x.dtype))
+    check.device_is(NAME, name, value, x.device)
+    check.last_dim_dense(NAME, name, value)
+
+
+def _double(x: Tensor) -> tuple[torch.dtype, ...]:
+    return (torch.float64,) if x.dtype == torch.float64 else ()

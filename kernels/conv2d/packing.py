@@ -1,0 +1,58 @@
+"""Weights in the order in which the native CPU kernels read them, kept for as long as the weight itself lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from idm_fast.kernels.extension import _CODES, require_native, view
+
+native = require_native()
+
+Pack = Callable[[Tensor], Tensor]
+Entry = tuple[tuple[int, int, str], Tensor]  # (address, version, instruction set) of the weight, packed
+
+
+class PackedCache:
+    """``pack(weight)`` once per weight, until its memory, its version or the instruction set changes.
+
+    The key is the tensor object: a caller that slices or reshapes its weight in every call packs it in every call. The
+    version counter sees every in-place change that autograd sees; ``weight.data`` goes behind its back and must not be
+    written. Inference tensors have no counter and are packed in every call.
+    """
+
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        self._entries: MutableMapping[Tensor, Entry] = WeakTensorKeyDictionary()
+
+    def get(self, weight: Tensor) -> Tensor:
+        if weight.is_inference():
+            return self._pack(weight)
+        state = (weight.data_ptr(), weight._version, native.cpu_isa())
+        entry = self._entries.get(weight)
+        if entry is None or entry[0] != state:
+            with torch.inference_mode(False):
+                entry = (state, self._pack(weight))
+            self._entries[weight] = entry
+        return entry[1]
+
+
+def pack_weight(
+    weight: Tensor,  # [Cout, C, k, k] channels_last, phase weights [4, Cout, C, 2, 2] or [Cout, Cs]
+) -> Tensor:
+    """Strips of output channels, zero-padded: [phase][strip][tap][word of channels][output channel][channel in word].
+
+    Bytes for the instruction set in use and ``weight``'s dtype (see csrc/conv2d); made anew at every call.
+    """
+    matrices, cout, channels, taps = 1, weight.shape[0], weight.shape[1], 1
+    if weight.dim() == 5:
+        matrices, cout, channels, taps = weight.shape[0], weight.shape[1], weight.shape[2], 4
+    elif weight.dim() == 4:
+        taps = weight.shape[2] * weight.shape[3]
+    code = _CODES[weight.dtype]
+    packed = torch.empty(native.conv2d_packed_bytes(code, matrices, cout, taps, channels), dtype=torch.int8)
+    native.conv2d_pack(view(weight), matrices, cout, taps, channels, view(packed))
+    return packed

@@ -1,0 +1,281 @@
+"""Triton implicit GEMM: one program makes a tile of positions of one sample x output channels.
+
+The sum runs over the taps and channels of x, of the skip, and of the shortcut's two tensors, each from its own
+pointer: concatenations exist only in the order of the loops. Offsets into tensors are int64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.contract import output_shape
+from idm_fast.kernels.conv2d.tiles import Config, Problem, choose
+
+OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
+
+
+@triton.jit
+def add_products(
+    acc, begin, first, last,  # steps of the whole sum: this source's first one, and those that this program takes
+    source, channels, row, column, height, width,  # the sample; where the window of each position begins in it
+    weight, weight_row, tap_stride,  # at this source's first channel and the tile's first row
+    coefficients, table_stride, in_row, in_cols, cols,
+    SIDE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """acc + sum over SIDE x SIDE taps and ``channels`` channels of one source. Taps run fastest: their rows overlap."""
+    TAPS: tl.constexpr = SIDE * SIDE
+    steps = TAPS * tl.cdiv(channels, BLOCK_K)
+    base = (row.to(tl.int64) * width + column) * channels
+    target = weight + cols.to(tl.int64) * weight_row
+    for step in range(tl.maximum(first - begin, 0), tl.minimum(last - begin, steps)):
+        tap = step % TAPS
+        down, right = tap // SIDE, tap % SIDE
+        channel = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_channel = channel < channels
+        inside = in_row & (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
+        mask = inside[:, None] & in_channel[None, :]
+        shift = (down.to(tl.int64) * width + right) * channels
+        a = tl.load(source + (base + shift)[:, None] + channel[None, :], mask=mask, other=0.0)
+        if NORM:
+            table = coefficients + channel
+            centre = tl.load(table, mask=in_channel, other=0.0)[None, :]
+            gain = tl.load(table + table_stride, mask=in_channel, other=0.0)[None, :]
+            offset = tl.load(table + 2 * table_stride, mask=in_channel, other=0.0)[None, :]
+            v = (a.to(tl.float32) - centre) * gain + offset
+            v = tl.where(mask, v, 0.0)  # padding is 0 after the prologue; so is silu(0)
+            if SILU:
+                v = v / (1.0 + tl.exp(-v))
+            a = v if WIDEN else v.to(a.dtype)
+        b = tl.load(
+            target[None, :] + (tap * tap_stride + channel)[:, None],
+            mask=in_channel[:, None] & in_cols[None, :],
+            other=0.0,
+        )
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def finish(
+    acc, n, piece, pieces, count, place, places, in_row, cols, in_cols, cout,
+    bias, time_shift, time_stride, residual, out, partials, counts,
+    HAS_BIAS: tl.constexpr, HAS_TIME: tl.constexpr, HAS_RESIDUAL: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Adds what is added, stores one tile, and writes the (mean, M2) of what it stored."""
+    mask = in_row[:, None] & in_cols[None, :]
+    at = (n * places + place)[:, None] * cout + cols[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    if HAS_TIME:
+        acc += tl.load(time_shift + n * time_stride + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    stored = acc.to(out.dtype.element_ty)
+    tl.store(out + at, stored, mask=mask)
+    if STATS:
+        value = stored.to(tl.float32)
+        seen = count.to(tl.float32)
+        # A first mean in float32, then what it missed: the second sum is of small numbers.
+        rough = tl.sum(tl.where(mask, value, 0.0), 0) / seen
+        rest = tl.where(mask, value - rough[None, :], 0.0)
+        miss = tl.sum(rest, 0) / seen
+        rest = tl.where(mask, rest - miss[None, :], 0.0)
+        table = partials + (n * pieces + piece) * 2 * cout + cols
+        tl.store(table, rough + miss, mask=in_cols)
+        tl.store(table + cout, tl.sum(rest * rest, 0), mask=in_cols)
+        if n == 0:
+            tl.store(counts + piece, seen)  # every column of programs writes the same number
+
+
+@triton.jit
+def placed(position, phase, rows, columns, UPSAMPLE: tl.constexpr):
+    """(row, column of the result / of the phase's grid, place in the whole result) of positions of one phase."""
+    row, column = position // columns, position % columns
+    place = position.to(tl.int64)
+    if UPSAMPLE:
+        place = (2 * row + phase // 2).to(tl.int64) * (2 * columns) + 2 * column + phase % 2
+    return row, column, place
+
+
+@triton.jit
+def conv_kernel(
+    x, skip, weight, bias, coefficients, shortcut, shortcut_skip, shortcut_weight, time_shift, residual,
+    out, partials, counts, workspace,
+    samples, height, width, rows, columns, c1, c2, cs1, cs2, cout, time_stride, split_steps,
+    SIDE: tl.constexpr, STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_SHORTCUT: tl.constexpr, HAS_SHORTCUT_SKIP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TIME: tl.constexpr, HAS_RESIDUAL: tl.constexpr, STATS: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """rows x columns: the positions of one phase. SIDE: of the taps, 2 for a phase. SPLIT: parts go to workspace."""
+    PHASES: tl.constexpr = 4 if UPSAMPLE else 1
+    col_tiles = tl.cdiv(cout, BLOCK_N)
+    tiles = tl.cdiv(rows * columns, BLOCK_M)
+    pid = tl.program_id(0)  # one axis for everything, because the others of a grid end at 65535
+    col_tile, pid = pid % col_tiles, pid // col_tiles
+    tile, pid = pid % tiles, pid // tiles
+    phase, pid = pid % PHASES, pid // PHASES
+    n, split = (pid % samples).to(tl.int64), pid // samples
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_row = position < rows * columns
+    row, column, place = placed(position, phase, rows, columns, UPSAMPLE)
+    places = rows.to(tl.int64) * columns * PHASES
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_cols = cols < cout
+
+    if UPSAMPLE:  # a phase of parity p starts at i + p - 1
+        top, left = row + phase // 2 - 1, column + phase % 2 - 1
+        weight += phase.to(tl.int64) * cout * 4 * (c1 + c2)
+    else:
+        top, left = row * STRIDE - SIDE // 2, column * STRIDE - SIDE // 2
+    table = coefficients + n * 3 * (c1 + c2)
+    weight_row = SIDE * SIDE * (c1 + c2)
+    first = split * split_steps
+    last = first + split_steps
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = add_products(
+        acc, 0, first, last, x + n * height * width * c1, c1, top, left, height, width,
+        weight, weight_row, c1 + c2, table, c1 + c2, in_row, in_cols, cols,
+        SIDE, NORM, SILU, BLOCK_K, PRECISION, WIDEN,
+    )  # fmt: skip
+    begin = SIDE * SIDE * tl.cdiv(c1, BLOCK_K)
+    if HAS_SKIP:
+        acc = add_products(
+            acc, begin, first, last, skip + n * height * width * c2, c2, top, left, height, width,
+            weight + c1, weight_row, c1 + c2, table + c1, c1 + c2, in_row, in_cols, cols,
+            SIDE, NORM, SILU, BLOCK_K, PRECISION, WIDEN,
+        )  # fmt: skip
+        begin += SIDE * SIDE * tl.cdiv(c2, BLOCK_K)
+    if HAS_SHORTCUT:  # raw values at the places of the result: an image of one row
+        nowhere = tl.zeros((BLOCK_M,), tl.int32)
+        acc = add_products(
+            acc, begin, first, last, shortcut + n * places * cs1, cs1, nowhere, place, 1, places,
+            shortcut_weight, cs1 + cs2, 0, table, 0, in_row, in_cols, cols,
+            1, False, False, BLOCK_K, PRECISION, WIDEN,
+        )  # fmt: skip
+        begin += tl.cdiv(cs1, BLOCK_K)
+        if HAS_SHORTCUT_SKIP:
+            acc = add_products(
+                acc, begin, first, last, shortcut_skip + n * places * cs2, cs2, nowhere, place, 1, places,
+                shortcut_weight + cs1, cs1 + cs2, 0, table, 0, in_row, in_cols, cols,
+                1, False, False, BLOCK_K, PRECISION, WIDEN,
+            )  # fmt: skip
+    if SPLIT:
+        at = ((split * samples + n) * places + place)[:, None] * cout + cols[None, :]
+        tl.store(workspace + at, acc, mask=in_row[:, None] & in_cols[None, :])
+    else:
+        count = tl.minimum(rows * columns - tile * BLOCK_M, BLOCK_M)
+        finish(
+            acc, n, phase * tiles + tile, PHASES * tiles, count, place, places, in_row, cols, in_cols, cout,
+            bias, time_shift, time_stride, residual, out, partials, counts, HAS_BIAS, HAS_TIME, HAS_RESIDUAL, STATS,
+        )  # fmt: skip
+
+
+@triton.jit
+def split_kernel(
+    workspace, bias, time_shift, residual, out, partials, counts,
+    samples, rows, columns, cout, time_stride, splits,
+    UPSAMPLE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TIME: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts of one tile in the order of the splits and finishes it."""
+    PHASES: tl.constexpr = 4 if UPSAMPLE else 1
+    col_tiles = tl.cdiv(cout, BLOCK_N)
+    tiles = tl.cdiv(rows * columns, BLOCK_M)
+    pid = tl.program_id(0)
+    col_tile, pid = pid % col_tiles, pid // col_tiles
+    tile, pid = pid % tiles, pid // tiles
+    phase, n = pid % PHASES, (pid // PHASES).to(tl.int64)
+    position = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_row = position < rows * columns
+    _, _, place = placed(position, phase, rows, columns, UPSAMPLE)
+    places = rows.to(tl.int64) * columns * PHASES
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_cols = cols < cout
+    mask = in_row[:, None] & in_cols[None, :]
+    at = (n * places + place)[:, None] * cout + cols[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in range(splits):
+        acc += tl.load(workspace + split * (samples * places * cout) + at, mask=mask, other=0.0)
+    count = tl.minimum(rows * columns - tile * BLOCK_M, BLOCK_M)
+    finish(
+        acc, n, phase * tiles + tile, PHASES * tiles, count, place, places, in_row, cols, in_cols, cout,
+        bias, time_shift, time_stride, residual, out, partials, counts, HAS_BIAS, HAS_TIME, HAS_RESIDUAL, STATS,
+    )  # fmt: skip
+
+
+def conv2d(
+    x: Tensor,  # [N, C1, H, W] channels_last
+    weight: Tensor,  # [Cout, C, k, k] channels_last, or [4, Cout, C, 2, 2]
+    bias: Tensor | None,
+    stride: int,
+    upsample: bool,
+    skip: Tensor | None,
+    coefficients: Tensor | None,
+    silu: bool,
+    shortcut: Tensor | None,
+    shortcut_skip: Tensor | None,
+    shortcut_weight: Tensor | None,
+    time_shift: Tensor | None,
+    residual: Tensor | None,
+    with_stats: bool,
+    out: Tensor | None,
+    config: Config | None = None,  # how to cut it; None: as ``tiles`` says
+) -> Tensor | tuple[Tensor, ChannelStats]:
+    n, cout, ho, wo = output_shape(x, weight, stride, upsample)
+    phases, rows, columns = (4, x.shape[2], x.shape[3]) if upsample else (1, ho, wo)
+    if out is None:
+        out = torch.empty((n, cout, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    side = weight.shape[-1]
+    c = [0 if t is None else t.shape[1] for t in (x, skip, shortcut, shortcut_skip)]
+    if config is None:
+        k = side * side * (c[0] + c[1]) + c[2] + c[3]
+        norm = coefficients is not None
+        config = choose(Problem(n, phases, rows * columns, cout, k, x.element_size(), norm), x.device)
+    chunks = [triton.cdiv(count, config.k) for count in c]
+    steps = side * side * (chunks[0] + chunks[1]) + chunks[2] + chunks[3]
+    split_steps = triton.cdiv(steps, config.splits)
+    splits = triton.cdiv(steps, split_steps)
+    tiles = triton.cdiv(rows * columns, config.m)
+    pieces = phases * tiles
+    partials, counts, workspace = x, x, x  # an unused pointer still needs a type
+    if with_stats:
+        partials = torch.empty((n, pieces, 2, cout), dtype=torch.float32, device=x.device)
+        counts = torch.empty((pieces,), dtype=torch.float32, device=x.device)
+    if splits > 1:
+        workspace = torch.empty((splits, n, ho, wo, cout), dtype=torch.float32, device=x.device)
+
+    def given(tensor: Tensor | None) -> Tensor:
+        return x if tensor is None else tensor
+
+    time_stride = 0 if time_shift is None else time_shift.stride(0)
+    flags = {
+        "UPSAMPLE": upsample, "HAS_BIAS": bias is not None, "HAS_TIME": time_shift is not None,
+        "HAS_RESIDUAL": residual is not None, "STATS": with_stats,
+    }  # fmt: skip
+    conv_kernel[(triton.cdiv(cout, config.n) * pieces * n * splits,)](
+        x, given(skip), weight, given(bias), given(coefficients), given(shortcut), given(shortcut_skip),
+        given(shortcut_weight), given(time_shift), given(residual), out, partials, counts, workspace,
+        n, x.shape[2], x.shape[3], rows, columns, *c, cout, time_stride, split_steps,
+        SIDE=side, STRIDE=stride, NORM=coefficients is not None, SILU=silu, HAS_SKIP=skip is not None,
+        HAS_SHORTCUT=shortcut is not None, HAS_SHORTCUT_SKIP=shortcut_skip is not None, SPLIT=splits > 1,
+        BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k, PRECISION="ieee",
+        WIDEN=not x.is_cuda,  # the interpreter would multiply the bit patterns of bfloat16
+        num_warps=config.warps, num_stages=config.stages, **flags, **OPTIONS,
+    )  # fmt: skip
+    if splits > 1:
+        narrow = min(config.n, 32)
+        split_kernel[(triton.cdiv(cout, narrow) * pieces * n,)](
+            workspace, given(bias), given(time_shift), given(residual), out, partials, counts,
+            n, rows, columns, cout, time_stride, splits,
+            BLOCK_M=config.m, BLOCK_N=narrow, num_warps=4, **flags, **OPTIONS,
+        )  # fmt: skip
+    return (out, ChannelStats(partials, counts)) if with_stats else out

@@ -1,0 +1,14 @@
+"""CPU kernel: csrc/vq_nearest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.kernels.extension import require_native, view
+
+native = require_native()
+
+
+def vq_nearest(z: Tensor, codebook: Tensor, codes: Tensor, quantised: Tensor) -> None:
+    native.vq_nearest(view(z), view(codebook), view(codes), view(quantised), torch.get_num_threads())
