@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention/attention_cuda.h"
 #include "common/bind.h"
 #include "common/selftest.h"
 #include "conv2d/conv2d_cuda.h"
@@ -17,6 +18,7 @@ inline void bind_cuda(pybind11::module_& m) {
   m.def("dynamic_threshold_cuda", &dynamic_threshold_cuda, NoGil());
   m.def("philox_normal_cuda", &philox_normal_cuda, NoGil());
   m.def("sampler_update_cuda", &sampler_update_cuda, NoGil());
+  m.def("attention_cuda", &attention_cuda, NoGil());
   m.def("selftest_shuffles", &selftest_shuffles, NoGil());
   m.def("selftest_row_sums", &selftest_row_sums, NoGil());
   m.def("selftest_matmul", &selftest_matmul, NoGil());

@@ -86,6 +86,19 @@ def test_limits_name_the_number() -> None:
     assert reason == "takes positions at most 16777216 elements apart, not 16777217"
 
 
+def test_cuda_limits_name_the_reason() -> None:
+    limits = OPS["attention"].backends["cuda"].limits
+    assert limits is not None
+    good = torch.zeros(2, 4, 3, 40, dtype=torch.float16)
+    assert limits(good, good, good, 1.0, None) is None
+    odd = good[..., :36]
+    assert limits(odd, odd, odd, 1.0, None) == "takes heads of width <= 512 and a multiple of 8, not 36"
+    wide = torch.zeros(1, 1, 1, 520, dtype=torch.float16)
+    assert "width <= 512" in str(limits(wide, wide, wide, 1.0, None))
+    shifted = torch.zeros(2, 4, 3, 44, dtype=torch.float16)[..., 4:]
+    assert limits(good, shifted, good, 1.0, None) == "takes rows aligned to 16 bytes"
+
+
 def test_xformers_has_a_row_and_a_reason() -> None:
     assert OPS["attention"].why_not("xformers", "cpu", torch.float32) == "runs on cuda, not on cpu"
 

@@ -4,25 +4,18 @@
 #include <cmath>
 #include <vector>
 
-#include "common/checks.h"
+#include "attention/contract.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
 
 namespace idm {
 namespace {
 
-constexpr const char* kOp = "attention";
 constexpr int64_t kPackedWords = 2 * 1024 * 1024;  // packed heads at a time: what one pass over a batch may take, 8 MiB
 
 const AttentionKernels& kernels() {
   static constexpr const AttentionKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kAttentionKernels);
   return *kTables[static_cast<int>(cpu_isa())];
-}
-
-void check_rows(const TensorView& t, const char* name, const TensorView& q) {
-  require(t.ndim == 4 && t.dtype == q.dtype && t.shape[0] == q.shape[0] && t.shape[2] == q.shape[2] &&
-              t.shape[3] == q.shape[3] && (t.shape[3] == 1 || t.stride[3] == 1),
-          kOp, std::string(name) + " must be [N, *, heads, d] of q's type, dense in its last dimension");
 }
 
 // Working memory of the calling thread, kept between calls.
@@ -36,15 +29,9 @@ uint32_t* workspace(int64_t words) {
 
 void attention(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, double scale,
                int threads) {
-  require(q && k && v && out && is_float(q), kOp, "q, k, v and out must be float tensors");
-  check_rows(q, "q", q);
-  check_rows(k, "k", q);
-  check_rows(v, "v", q);
-  require(same_shape(k, v), kOp, "v must be of k's shape");
-  require(same_shape(q, out) && out.dtype == q.dtype && is_contiguous(out), kOp, "out must be as q and contiguous");
-  const int64_t L = q.shape[1], heads = q.shape[2], d = q.shape[3], S = k.shape[1];
   if (q.numel() == 0) return;
-  require(S > 0, kOp, "k must hold at least one position");
+  check_attention(q, k, v, out);
+  const int64_t L = q.shape[1], heads = q.shape[2], d = q.shape[3], S = k.shape[1];
 
   const AttentionKernels& kernel = kernels();
   const int type = static_cast<int>(q.dtype);

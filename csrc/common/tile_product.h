@@ -49,20 +49,20 @@ struct Product {
   int64_t steps;
   float* sums;
   int64_t sums_stride;
-  const float* keep;  // null: the sums start at zero
+  const float* keep;  // null: the sums start at zero, or with `add` go on as they are
+  bool add = false;
 };
+
+// Steps that one register sums up before it joins the others: a float32 sum of few terms has lost little, and that much
+// of a panel stays in the nearest cache.
+constexpr int64_t kSumSteps = 128;
 
 template <class E, int M, int N>
 inline void tile(const Product& p, int64_t row) {
   const uint32_t* a = p.rows + row * p.row_stride;
   const uint32_t* b = p.panel;
   float* c = p.sums + row * p.sums_stride;
-  vf sum[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
-      sum[m][n] = p.keep ? load(c + m * p.sums_stride + n * kWidth) * splat(p.keep[row + m]) : vf{};
+  vf sum[M][N] = {};
   for (int64_t k = 0; k < p.steps; ++k, b += p.panel_stride) {
     vu right[N];
 #pragma GCC unroll 4
@@ -77,7 +77,11 @@ inline void tile(const Product& p, int64_t row) {
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(c + m * p.sums_stride + n * kWidth, sum[m][n]);
+    for (int n = 0; n < N; ++n) {
+      float* target = c + m * p.sums_stride + n * kWidth;
+      const vf before = p.keep ? load(target) * p.keep[row + m] : p.add ? load(target) : vf{};
+      store(target, before + sum[m][n]);
+    }
 }
 
 template <class E, int M, int N>
@@ -99,10 +103,22 @@ void product_of(const Product& p, int64_t rows) {
 }
 
 template <class E, int N = kMaxVectors>
-inline void product(const Product& p, int64_t rows, int vectors) {
+inline void product_across(const Product& p, int64_t rows, int vectors) {
   if constexpr (N > 0) {
     if (vectors == N) return product_of<E, N>(p, rows);
-    product<E, N - 1>(p, rows, vectors);
+    product_across<E, N - 1>(p, rows, vectors);
+  }
+}
+
+template <class E>
+void product(Product p, int64_t rows, int vectors) {
+  for (int64_t left = p.steps; left > 0; left -= kSumSteps) {
+    p.steps = left < kSumSteps ? left : kSumSteps;
+    product_across<E>(p, rows, vectors);
+    p.rows += kSumSteps;
+    p.panel += kSumSteps * p.panel_stride;
+    p.keep = nullptr;
+    p.add = true;
   }
 }
 

@@ -12,6 +12,8 @@ from idm_fast.kernels.interpreter import triton_condition
 NAME = "attention"
 MAX_TRITON_HEAD = 512
 MAX_TRITON_STRIDE = 2**24
+MAX_CUDA_HEAD = 512
+CUDA_VECTOR = 8  # elements in the 16 bytes that are copied at a time
 
 
 def attention(
@@ -67,6 +69,17 @@ def _triton_limits(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | 
     return None
 
 
+def _cuda_limits(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None) -> str | None:
+    d = q.shape[-1]
+    if d > MAX_CUDA_HEAD or d % CUDA_VECTOR:
+        return f"takes heads of width <= {MAX_CUDA_HEAD} and a multiple of {CUDA_VECTOR}, not {d}"
+    for tensor in (q, k, v):
+        whole = all(s % CUDA_VECTOR == 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if n > 1)
+        if not whole or tensor.data_ptr() % 16:
+            return "takes rows aligned to 16 bytes"
+    return None
+
+
 OP = Op(
     NAME,
     "softmax(q k^T * scale) v",
@@ -79,6 +92,14 @@ OP = Op(
             min_capability=(8, 0),
             limits=_triton_limits,
             condition=triton_condition,
+        ),
+        Backend(
+            "cuda",
+            f"{__name__}.cuda:attention",
+            frozenset({"cuda"}),
+            frozenset({torch.bfloat16, torch.float16}),
+            min_capability=(8, 0),
+            limits=_cuda_limits,
         ),
         Backend("cpu", f"{__name__}.native:attention", frozenset({"cpu"}), FLOATS),
         Backend("xformers", f"{__name__}.xformers_backend:attention", frozenset({"cuda"}), FLOATS),
