@@ -13,7 +13,7 @@ from timing import Candidate
 from idm_fast.kernels.case import Case, Inputs, verdict
 from idm_fast.ops import BACKENDS, OPS, BackendError, suite, use_backend
 
-ROTATED_BYTES = 32 * 2**20  # buffers that are used in turn, so that an input is not still in the L2 cache
+CPU_ROTATED_BYTES = 32 * 2**20  # buffers that are used in turn, so that an input is not still in a cache
 MAX_COPIES = 64
 JUDGES = ("reference",)  # not competitors
 
@@ -41,7 +41,7 @@ def timeable(
     """Judges every backend (by the rule of the tests) and prepares what is to be timed."""
     ops_suite, op = suite(name), OPS[name]
     found = Timeable()
-    copies = 1 if warm else max(1, min(MAX_COPIES, ROTATED_BYTES // max(1, case.bytes_moved(dtype))))
+    copies = 1 if warm else max(1, min(MAX_COPIES, _rotated_bytes(device) // max(1, case.bytes_moved(dtype))))
     inputs = [case.inputs(dtype, device, seed) for seed in range(copies)]
     exact, plain = _truth(name, inputs[0])
     for backend in [b for b in BACKENDS if b not in JUDGES] if backends is None else backends:
@@ -64,6 +64,13 @@ def timeable(
             found.candidates[backend] = _candidate(ops_suite.function, inputs, backend)
     found.candidates["eager"] = Candidate(lambda turn: ops_suite.eager(inputs[turn % copies]))
     return found
+
+
+def _rotated_bytes(device: str) -> int:
+    """On a device its second-level cache, twice over."""
+    if not device.startswith("cuda"):
+        return CPU_ROTATED_BYTES
+    return 2 * int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def _truth(name: str, inputs: Inputs) -> tuple[Any, Any]:
