@@ -2,13 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "channel_stats/channel_stats.h"
 #include "attention/attention.h"
 #include "common/bind.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
 #include "dynamic_threshold/dynamic_threshold.h"
 #include "conv2d/conv2d.h"
+#include "conv2d_int8/conv2d_int8.h"
 #include "group_norm_silu/group_norm_silu.h"
+#include "norm_coefficients/norm_coefficients.h"
 #include "sampler_update/sampler_update.h"
 #include "vq_nearest/vq_nearest.h"
 #if defined(IDM_HAVE_CUDA)
@@ -30,6 +33,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("attention", &idm::attention, NoGil());
   m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
+  m.def("channel_stats", &idm::channel_stats, NoGil());
+  m.def("norm_coefficients", &idm::norm_coefficients, NoGil());
   m.def("sampler_update", &idm::sampler_update, NoGil());
   m.def("philox_normal", &idm::philox_normal, NoGil());
   m.def("dynamic_threshold", &idm::dynamic_threshold, NoGil());
@@ -39,6 +44,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_pack", &idm::conv2d_pack, NoGil());
   m.def("conv2d_packed_bytes", &idm::conv2d_packed_bytes);
   m.def("conv2d_block_rows", &idm::conv2d_block_rows);
+  m.def("conv2d_int8", &idm::conv2d_int8, NoGil());
+  m.def("conv2d_int8_pack", &idm::conv2d_int8_pack, NoGil());
+  m.def("conv2d_int8_packed_bytes", &idm::conv2d_int8_packed_bytes);
+  m.def("conv2d_int8_block_rows", &idm::conv2d_int8_block_rows);
 
 #if defined(IDM_HAVE_CUDA)
   idm::bind_cuda(m);

@@ -15,9 +15,30 @@ def group_norm_silu(
     bias: View | None,
     scale: View | None,
     shift: View | None,
+    skip: View | None,
+    partials: View | None,
+    counts: View | None,
+    skip_partials: View | None,
+    skip_counts: View | None,
     groups: int,
     eps: float,
     silu: bool,
+    threads: int,
+    /,
+) -> None: ...
+def channel_stats(x: View, partials: View, counts: View, piece_rows: int, threads: int, /) -> None: ...
+def norm_coefficients(
+    partials: View,
+    counts: View,
+    skip_partials: View | None,
+    skip_counts: View | None,
+    weight: View | None,
+    bias: View | None,
+    scale: View | None,
+    shift: View | None,
+    groups: int,
+    eps: float,
+    out: View,
     threads: int,
     /,
 ) -> None: ...
@@ -62,6 +83,28 @@ def conv2d_pack(weight: View, matrices: int, cout: int, taps: int, channels: int
 def conv2d_packed_bytes(dtype: int, matrices: int, cout: int, taps: int, channels: int, /) -> int: ...
 def conv2d_block_rows(dtype: int, rows: int, cols: int, channels: int, kernel: int, stride: int, /) -> int: ...
 def vq_nearest(z: View, codebook: View, codes: View, quantised: View, threads: int, /) -> None: ...
+def conv2d_int8(
+    x: View,
+    skip: View | None,
+    coefficients: View | None,
+    silu: bool,
+    weight: View,
+    weight_scale: View,
+    activation: View,
+    kernel: int,
+    stride: int,
+    upsample: bool,
+    bias: View | None,
+    time_shift: View | None,
+    residual: View | None,
+    out: View,
+    partials: View | None,
+    threads: int,
+    /,
+) -> None: ...
+def conv2d_int8_pack(weight: View, matrices: int, cout: int, taps: int, channels: int, packed: View, /) -> None: ...
+def conv2d_int8_packed_bytes(matrices: int, cout: int, taps: int, channels: int, /) -> int: ...
+def conv2d_int8_block_rows(rows: int, cols: int, channels: int, kernel: int, stride: int, /) -> int: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str, /) -> None: ...

@@ -32,7 +32,7 @@ x = np.random.default_rng(0).standard_normal((3, 64, 64, 32), dtype=np.float32)
 
 def run(threads):
     out = np.full_like(x, np.nan)
-    native.group_norm_silu(view(x), view(out), None, None, None, None, 8, 1e-5, True, threads)
+    native.group_norm_silu(view(x), view(out), *[None] * 9, 8, 1e-5, True, threads)
     return out
 
 first = run(1)
@@ -133,7 +133,7 @@ def test_native_checks_for_itself() -> None:
     assert native is not None
     x = torch.zeros(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     view = extension.view
-    rest = (None, None, None, None)
+    rest = (None,) * 9
     with pytest.raises(ValueError, match="group_norm_silu: num_groups must divide the channels"):
         native.group_norm_silu(view(x), view(x), *rest, 3, 1e-5, True, 1)
     with pytest.raises(ValueError, match="group_norm_silu: x must be a float tensor in NHWC order"):

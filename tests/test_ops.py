@@ -13,7 +13,7 @@ import torch
 
 from idm_fast.kernels import extension
 from idm_fast.kernels.case import Case, Outputs, verdict
-from idm_fast.ops import BACKENDS, OPS, BackendError, suite, use_backend
+from idm_fast.ops import BACKENDS, OPS, BackendError, group_norm_silu, suite, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED_ELEMENTS = 21_000  # the interpreter runs a program at a time: larger cases would take minutes
@@ -129,9 +129,7 @@ def test_silu_of_extreme_values(native: Any) -> None:
     for isa in native.cpu_isas():
         native.set_cpu_isa(isa)
         with use_backend("cpu"):
-            y = OPS["group_norm_silu"].run(
-                x.device, x.dtype, x, len(sizes), sizes.repeat_interleave(2), None, 0.0, None, None, True, None
-            )
+            y = group_norm_silu(x, len(sizes), sizes.repeat_interleave(2), eps=0.0)
         torch.testing.assert_close(y.flatten().double(), expected, rtol=1e-6, atol=2e-36, msg=isa)
 
 

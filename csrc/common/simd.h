@@ -129,5 +129,70 @@ inline void store_partial(T* p, vf v, int count) {
   std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
 }
 
+// ---- two vectors at once -----------------------------------------------------------------------------------------
+// For bf16 the first vector gets elements 0, 2, 4 ... and the second 1, 3, 5 ...: a shift and a mask, where widening
+// costs two loads and two shuffles, and on the way back one narrowing for both. Other types keep the order.
+
+// Which of 2 * kWidth elements lies in lane i of the pair.
+template <class T>
+constexpr int element_of_lane(int i) {
+  return !kIsBf16<T> ? i : i < kWidth ? 2 * i : 2 * (i - kWidth) + 1;
+}
+
+template <class T>
+inline void load_pair(const T* p, vf* a, vf* b) {
+  *a = load(p);
+  *b = load(p + kWidth);
+}
+inline void load_pair(const bf16* p, vf* even, vf* odd) {
+  vu words;
+  std::memcpy(&words, p, sizeof words);
+  *even = bits<vf>(words << 16);
+  *odd = bits<vf>(words & 0xffff0000u);
+}
+
+// float32 values of 2 * kWidth channels in the order in which load_pair gives those of a T.
+template <class T>
+inline void load_pair_as(const float* p, vf* a, vf* b) {
+  const vf low = load(p), high = load(p + kWidth);
+  *a = low;
+  *b = high;
+  if constexpr (kIsBf16<T>) {
+#if defined(__AVX512F__)
+    *a = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *b = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+    *a = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+    *b = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    *a = __builtin_shufflevector(low, high, 0, 2, 4, 6);
+    *b = __builtin_shufflevector(low, high, 1, 3, 5, 7);
+#endif
+  }
+}
+
+template <class T>
+inline void store_pair(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + kWidth, b);
+}
+#if defined(__AVX512BF16__)
+inline void store_pair(bf16* p, vf even, vf odd) {
+  static const uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(odd), bits<__m512>(even)));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_loadu_si512(kOrder), both));
+}
+#else
+inline vu round_to_bf16(vf v) {  // in the upper half of each lane
+  const vu u = bits<vu>(v);
+  return v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+}
+inline void store_pair(bf16* p, vf even, vf odd) {
+  const vu words = (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xffff0000u);
+  std::memcpy(p, &words, sizeof words);
+}
+#endif
+
 }  // namespace IDM_ISA
 }  // namespace idm

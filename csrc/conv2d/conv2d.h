@@ -49,6 +49,7 @@ struct ConvPrepare {
   bool silu;
   char* target;
   int64_t pitch;
+  float inverse_step, zero_point;  // bytes: round(a * inverse_step + zero_point)
 };
 
 // One product of a tile: `taps` shifts of the same words, `steps` words each.

@@ -3,42 +3,41 @@
 #include <algorithm>
 #include <vector>
 
+#include "channel_stats/channel_stats.h"
 #include "common/checks.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "norm_coefficients/norm_coefficients.h"
 
 namespace idm {
 namespace {
 
 constexpr const char* kOp = "group_norm_silu";
-constexpr int64_t kBlockBytes = 16 * 1024;
-constexpr int64_t kMaxBlocks = 16;
+constexpr int64_t kBlockBytes = 32 * 1024;
+constexpr int64_t kMaxBlocks = 32;
 
 const GroupNormKernels& kernels() {
   static constexpr const GroupNormKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kGroupNormKernels);
   return *kTables[static_cast<int>(cpu_isa())];
 }
 
-// [C], or [N, C] with any distance between its rows (the halves of one projection are such slices).
-void check_vector(const TensorView& t, const char* name, int ndim, int64_t N, int64_t C) {
-  if (!t) return;
-  const bool ok = t.ndim == ndim && is_float(t) && t.shape[ndim - 1] == C && (C == 1 || t.stride[ndim - 1] == 1) &&
-                  (ndim == 1 || t.shape[0] == N);
-  require(ok, kOp, std::string(name) + " must be a float tensor of the contract's shape with dense rows");
-}
+// One of the tensors that lie side by side, and its statistics where the caller has them.
+struct Part {
+  const char* data;
+  int64_t channels, first;  // `first`: its place among all channels
+  TensorView partials, counts;
+};
 
 // How a sample is cut depends on its shape alone, never on the number of threads.
-GroupNormShape cut(const TensorView& x, int64_t groups) {
-  GroupNormShape s{};
-  s.channels = x.shape[1];
-  s.rows = x.shape[2] * x.shape[3];
-  s.groups = groups;
-  const int64_t bytes = s.channels * s.rows * element_size(x.dtype);
-  const int64_t wanted = std::clamp<int64_t>(bytes / kBlockBytes, 1, std::min(kMaxBlocks, s.rows));
-  s.block_rows = (s.rows + wanted - 1) / wanted;
-  s.blocks = (s.rows + s.block_rows - 1) / s.block_rows;
-  return s;
-}
+struct Cut {
+  int64_t rows, blocks, block_rows;
+  Cut(int64_t all_rows, int64_t row_bytes) : rows(all_rows) {
+    const int64_t wanted = std::clamp<int64_t>(rows * row_bytes / kBlockBytes, 1, std::min(kMaxBlocks, rows));
+    block_rows = (rows + wanted - 1) / wanted;
+    blocks = (rows + block_rows - 1) / block_rows;
+  }
+  int64_t rows_of(int64_t block) const { return std::min(block_rows, rows - block * block_rows); }
+};
 
 // Working memory of the calling thread, kept between calls: partial statistics and coefficients, no tensor.
 struct Workspace {
@@ -53,66 +52,123 @@ Workspace& workspace(int64_t doubles, int64_t floats) {
   return w;
 }
 
+// The work on one sample, or one block of it. `stats`: [blocks][2][channels] of each part in turn.
+struct Work {
+  std::vector<Part> parts;
+  Cut cut;
+  AffineParams affine;
+  char* out;
+  int64_t channels, groups, element;
+  DType dtype;
+  double eps;
+  bool silu, measured = true;  // statistics of every part are given
+
+  int64_t stats_size() const { return cut.blocks * 2 * channels; }
+  int64_t scratch_size() const { return 2 * channels + cut.blocks; }
+
+  void measure(int64_t n, int64_t block, double* stats) const {
+    const auto kernel = channel_stats_kernels().block[static_cast<int>(dtype)];
+    for (const Part& part : parts) {
+      if (part.partials) continue;
+      double* mean = stats + cut.blocks * 2 * part.first + block * 2 * part.channels;
+      const int64_t row = n * cut.rows + block * cut.block_rows;
+      kernel(part.data + row * part.channels * element, cut.rows_of(block), part.channels, mean, mean + part.channels);
+    }
+  }
+
+  void coefficients(int64_t n, const double* stats, double* scratch, float* out_table) const {
+    double *mean = scratch, *m2 = mean + channels, *counts = m2 + channels;
+    for (int64_t b = 0; b < cut.blocks; ++b) counts[b] = static_cast<double>(cut.rows_of(b));
+    for (const Part& part : parts) {
+      if (part.partials) {
+        const int64_t pieces = part.partials.shape[1];
+        merge_pieces(part.partials.as<const float>() + n * pieces * 2 * part.channels, part.counts.as<const float>(),
+                     pieces, part.channels, mean + part.first, m2 + part.first);
+      } else {
+        merge_pieces(stats + cut.blocks * 2 * part.first, counts, cut.blocks, part.channels, mean + part.first,
+                     m2 + part.first);
+      }
+    }
+    coefficients_of(mean, m2, static_cast<double>(cut.rows), channels, groups, affine, n, eps, out_table);
+    const auto arrange = kernels().arrange[static_cast<int>(dtype)];
+    for (const Part& part : parts) arrange(out_table + part.first, part.channels, channels, silu);
+  }
+
+  void apply(int64_t n, int64_t block, const float* table) const {
+    const auto kernel = kernels().apply[static_cast<int>(dtype)];
+    const int64_t row = n * cut.rows + block * cut.block_rows;
+    for (const Part& part : parts)
+      kernel(part.data + row * part.channels * element, out + (row * channels + part.first) * element,
+             cut.rows_of(block), part.channels, channels, table + part.first, channels, silu);
+  }
+};
+
 }  // namespace
 
 void group_norm_silu(const TensorView& x, const TensorView& out, const TensorView& weight, const TensorView& bias,
-                     const TensorView& scale, const TensorView& shift, int64_t groups, double eps, bool silu,
-                     int threads) {
+                     const TensorView& scale, const TensorView& shift, const TensorView& skip,
+                     const TensorView& partials, const TensorView& counts, const TensorView& skip_partials,
+                     const TensorView& skip_counts, int64_t groups, double eps, bool silu, int threads) {
   require(x.ndim == 4 && is_float(x) && is_nhwc(x), kOp, "x must be a float tensor in NHWC order");
-  require(same_shape(x, out) && out.dtype == x.dtype && is_nhwc(out), kOp, "out must be as x");
-  const int64_t N = x.shape[0], C = x.shape[1];
-  if (x.numel() == 0) return;
-  require(groups > 0 && C % groups == 0, kOp, "num_groups must divide the channels");
-  require(static_cast<bool>(scale) == static_cast<bool>(shift), kOp, "scale and shift must be given together");
-  check_vector(weight, "weight", 1, N, C);
-  check_vector(bias, "bias", 1, N, C);
-  check_vector(scale, "scale", 2, N, C);
-  check_vector(shift, "shift", 2, N, C);
-
-  const GroupNormKernels& k = kernels();
-  const int type = static_cast<int>(x.dtype);
-  const GroupNormShape s = cut(x, groups);
+  TensorView all = x;
+  if (skip) {
+    require(skip.ndim == 4 && skip.dtype == x.dtype && is_nhwc(skip), kOp, "skip must be of x's dtype and order");
+    all.shape[1] += skip.shape[1];
+    TensorView as_x = skip;
+    as_x.shape[1] = x.shape[1];
+    require(same_shape(as_x, x), kOp, "skip must be of x's shape but for its channels");
+    require(out.data != x.data && out.data != skip.data, kOp, "out must be apart from x and skip");
+  }
+  require(same_shape(all, out) && out.dtype == x.dtype && is_nhwc(out), kOp, "out must be as x (and skip)");
+  if (all.numel() == 0) return;
+  const int64_t N = x.shape[0], C = all.shape[1], element = element_size(x.dtype);
   const AffineParams affine{weight, bias, scale, shift};
-  const int64_t row_bytes = C * element_size(x.dtype), image_bytes = s.rows * row_bytes;
-  const int64_t stats_size = s.blocks * 2 * C;
+  check_affine(kOp, affine, groups, N, C);
+  if (partials) check_stats(kOp, "stats", partials, counts, N, x.shape[1]);
+  require(skip || !skip_partials, kOp, "skip_stats must come with skip");
+  if (skip_partials) check_stats(kOp, "skip_stats", skip_partials, skip_counts, N, skip.shape[1]);
+
+  Work work{{{x.data, x.shape[1], 0, partials, counts}}, Cut(x.shape[2] * x.shape[3], C * element), affine, out.data, C,
+            groups, element, x.dtype, eps, silu};
+  if (skip) work.parts.push_back({skip.data, skip.shape[1], x.shape[1], skip_partials, skip_counts});
+  for (const Part& part : work.parts) work.measured = work.measured && part.partials;
+  const int64_t blocks = work.cut.blocks, stats_size = work.stats_size(), scratch_size = work.scratch_size();
   threads = std::max(threads, 1);
 
-  auto block_rows = [&](int64_t b) { return std::min(s.block_rows, s.rows - b * s.block_rows); };
-  auto stats_block = [&](int64_t n, int64_t b, double* stats) {
-    double* mine = stats + b * 2 * C;
-    k.block_stats[type](x.data + n * image_bytes + b * s.block_rows * row_bytes, block_rows(b), C, {mine, mine + C});
-  };
-  auto apply_block = [&](int64_t n, int64_t b, const float* coefficients) {
-    const int64_t offset = n * image_bytes + b * s.block_rows * row_bytes;
-    k.apply[type](x.data + offset, out.data + offset, block_rows(b), C, coefficients, silu);
-  };
-
   // Enough samples: each worker takes whole ones and meets the second read in its own cache, without a barrier.
+  // Blocks are written last to first: the last ones read are still in the cache where the whole sample does not fit.
   if (threads == 1 || N % threads == 0 || N >= 4 * threads) {
-    const int64_t per_worker = stats_size + 2 * C;
-    Workspace& w = workspace(threads * per_worker, threads * 3 * C);
+    Workspace& w = workspace(threads * (stats_size + scratch_size), threads * 3 * C);
     double* doubles = w.doubles.data();
     float* floats = w.floats.data();
     auto sample = [&](int64_t n, int worker) {
-      double* stats = doubles + worker * per_worker;
-      float* coefficients = floats + worker * 3 * C;
-      for (int64_t b = 0; b < s.blocks; ++b) stats_block(n, b, stats);
-      k.coefficients(s, stats, affine, n, eps, stats + stats_size, coefficients);
-      for (int64_t b = 0; b < s.blocks; ++b) apply_block(n, b, coefficients);
+      double* stats = doubles + worker * (stats_size + scratch_size);
+      float* table = floats + worker * 3 * C;
+      for (int64_t b = 0; b < blocks && !work.measured; ++b) work.measure(n, b, stats);
+      work.coefficients(n, stats, stats + stats_size, table);
+      for (int64_t b = blocks - 1; b >= 0; --b) work.apply(n, b, table);
     };
     return parallel_for(N, threads, sample);
   }
 
   // Few samples: every one is cut over all workers; the same worker applies what it has read for the statistics.
-  Workspace& w = workspace(N * stats_size + 2 * C, N * 3 * C);
+  Workspace& w = workspace(N * stats_size + scratch_size, N * 3 * C);
   double* stats = w.doubles.data();
-  float* coefficients = w.floats.data();
-  auto measure = [&](int64_t task, int) { stats_block(task / s.blocks, task % s.blocks, stats + task / s.blocks * stats_size); };
-  parallel_for(N * s.blocks, threads, measure);
+  float* tables = w.floats.data();
+  const int64_t tasks = N * blocks, shares = std::min<int64_t>(threads, tasks);
+  auto begin_of = [&](int64_t share) { return tasks / shares * share + std::min(share, tasks % shares); };
+  auto measure = [&](int64_t share, int) {
+    for (int64_t t = begin_of(share); t < begin_of(share + 1); ++t)
+      work.measure(t / blocks, t % blocks, stats + t / blocks * stats_size);
+  };
+  auto apply = [&](int64_t share, int) {
+    for (int64_t t = begin_of(share + 1) - 1; t >= begin_of(share); --t)
+      work.apply(t / blocks, t % blocks, tables + t / blocks * 3 * C);
+  };
+  if (!work.measured) parallel_for(shares, threads, measure);
   for (int64_t n = 0; n < N; ++n)
-    k.coefficients(s, stats + n * stats_size, affine, n, eps, stats + N * stats_size, coefficients + n * 3 * C);
-  auto write = [&](int64_t task, int) { apply_block(task / s.blocks, task % s.blocks, coefficients + task / s.blocks * 3 * C); };
-  parallel_for(N * s.blocks, threads, write);
+    work.coefficients(n, stats + n * stats_size, stats + N * stats_size, tables + n * 3 * C);
+  parallel_for(shares, threads, apply);
 }
 
 }  // namespace idm

@@ -1,45 +1,32 @@
 // y = silu((x - mean_g) * rstd_g * weight + bias), optionally with (1 + scale) and shift per sample and channel.
 //
-//   x, out         [N, C, H, W] in NHWC order, one of float32, bfloat16, float16; out may be x itself
+//   x              [N, C1, H, W] in NHWC order, one of float32, bfloat16, float16
+//   skip           [N, C2, H, W] as x, or null: the result is that of the two side by side, C = C1 + C2 channels
+//   out            [N, C, H, W] as x; may be x itself where there is no skip
 //   weight, bias   [C] or null, scale, shift [N, C] or null; rows dense, each of any of the three types
+//   partials, counts, skip_partials, skip_counts   statistics of x and of skip (channel_stats.h), or null: made here
 //   groups         divides C; statistics over the C / groups channels and H * W positions of one sample
 //
-// Statistics: shifted float32 sums over short pieces, pieces and channels merged in double by Chan's formula in an order
-// that depends on the shape alone. The result is the same bits for every number of threads.
+// The result is the same bits for every number of threads.
 #pragma once
 
 #include "common/tensor_view.h"
 
 namespace idm {
 
-struct AffineParams {
-  TensorView weight, bias, scale, shift;
-};
-
 // Raises std::invalid_argument before anything is written.
 void group_norm_silu(const TensorView& x, const TensorView& out, const TensorView& weight, const TensorView& bias,
-                     const TensorView& scale, const TensorView& shift, int64_t groups, double eps, bool silu,
-                     int threads);
-
-// What one sample looks like to the kernels, and how it is cut: `blocks` pieces of block_rows rows (the last shorter).
-struct GroupNormShape {
-  int64_t channels, rows, groups, blocks, block_rows;
-};
-
-// Per channel of one block. `n` is a count of rows.
-struct BlockStats {
-  double* mean;  // [C]
-  double* m2;    // [C] sum of squared differences from mean
-};
+                     const TensorView& scale, const TensorView& shift, const TensorView& skip,
+                     const TensorView& partials, const TensorView& counts, const TensorView& skip_partials,
+                     const TensorView& skip_counts, int64_t groups, double eps, bool silu, int threads);
 
 struct GroupNormKernels {
-  // Statistics of `rows` rows at x.
-  void (*block_stats[kFloatTypes])(const char* x, int64_t rows, int64_t channels, BlockStats out);
-  // stats: [blocks][2][C]. coefficients: [3][C] float32 (centre, gain, offset): y = (x - centre) * gain + offset.
-  void (*coefficients)(const GroupNormShape& shape, const double* stats, const AffineParams& affine, int64_t sample,
-                       double eps, double* scratch, float* coefficients);
-  void (*apply[kFloatTypes])(const char* x, char* out, int64_t rows, int64_t channels, const float* coefficients,
-                             bool silu);
+  // Turns rows (centre, gain, offset), row_stride apart, into the form that apply takes.
+  void (*arrange[kFloatTypes])(float* table, int64_t channels, int64_t row_stride, bool silu);
+  // out = silu((x - centre) * gain + offset) for `rows` rows of `channels`; rows of out are out_stride elements apart,
+  // rows of the arranged table are row_stride apart.
+  void (*apply[kFloatTypes])(const char* x, char* out, int64_t rows, int64_t channels, int64_t out_stride,
+                             const float* table, int64_t row_stride, bool silu);
 };
 
 namespace baseline {

@@ -7,176 +7,109 @@ namespace idm {
 namespace IDM_ISA {
 namespace {
 
-constexpr int64_t kFirstPiece = 16, kPieceGrowth = 4, kLargestPiece = 256;  // rows
+// A step takes this many rows of a pair of vectors. More rows to a step would leave the lines of a row half read for
+// longer than the hardware's prefetch follows: with 16, a tensor beyond the second cache took twice as long.
+#if defined(__AVX512F__)
+constexpr int kTogether = 4;  // 8 of 32 registers
+#else
+constexpr int kTogether = 1;
+#endif
 
-// ---- statistics --------------------------------------------------------------------------------------------------
-//
-// Sums of differences from a shift, in float32, over pieces of rows; pieces merge in double. The first, short piece is
-// read twice: its own mean is its shift. Later ones take the mean of all before them. Should that be far off (by D),
-// the loss by cancellation is about eps * n * D^2, n rows in the piece; the step itself adds at least D^2 * n / 5 to
-// the sum of squares, because a piece is at most four times what came before. So the relative error stays near eps.
+struct Coefficients {
+  vf centre, gain, offset;
+};
 
-// K vectors of channels; kPartial: K is 1 and only `lanes` channels exist. (mean, m2) are those of `seen` rows before.
-template <class T, int K, bool kPartial>
-void piece_stats(const T* x, int64_t rows, int64_t stride, int lanes, int64_t seen, double* mean, double* m2) {
-  auto read = [&](int64_t r, int k) {
-    return kPartial ? load_partial(x + r * stride, lanes) : load(x + r * stride + k * kWidth);
-  };
-  const int count = kPartial ? lanes : K * kWidth;
-  vf shift[K] = {}, sum[K] = {}, squares[K] = {};
-  if (seen == 0) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int k = 0; k < K; ++k) shift[k] += read(r, k);
-    for (int k = 0; k < K; ++k) shift[k] *= 1.0f / static_cast<float>(rows);
-  } else {
-    float rounded[K * kWidth] = {};
-    for (int c = 0; c < count; ++c) rounded[c] = static_cast<float>(mean[c]);
-    std::memcpy(shift, rounded, sizeof shift);
-  }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int k = 0; k < K; ++k) {
-      const vf d = read(r, k) - shift[k];
-      sum[k] += d;
-      squares[k] += d * d;
-    }
-
-  float shift_lanes[K * kWidth], sum_lanes[K * kWidth], square_lanes[K * kWidth];
-  std::memcpy(shift_lanes, shift, sizeof shift);
-  std::memcpy(sum_lanes, sum, sizeof sum);
-  std::memcpy(square_lanes, squares, sizeof squares);
-  const double n = static_cast<double>(rows), before = static_cast<double>(seen);
-  const double per_row = 1.0 / n, share = n / (before + n), cross = before * share;
-  for (int c = 0; c < count; ++c) {
-    const double s = sum_lanes[c];
-    const double piece_mean = shift_lanes[c] + s * per_row;
-    const double piece_m2 = square_lanes[c] - s * s * per_row;
-    const double delta = piece_mean - mean[c];
-    mean[c] += delta * share;
-    m2[c] += (piece_m2 < 0.0 ? 0.0 : piece_m2) + delta * delta * cross;
-  }
-}
-
+// Puts the coefficients of each pair of vectors into its order, and where the result is stored as bf16, which takes a
+// cheaper SiLU, multiplies that one's factor -log2(e) into gain and offset.
 template <class T>
-void block_stats(const char* data, int64_t rows, int64_t channels, BlockStats out) {
-  const T* x = reinterpret_cast<const T*>(data);
-  for (int64_t c = 0; c < channels; ++c) out.mean[c] = out.m2[c] = 0.0;
-  int64_t piece = kFirstPiece;
-  for (int64_t first = 0; first < rows;) {
-    const int64_t n = rows - first < piece ? rows - first : piece;
-    const T* p = x + first * channels;
+void arrange(float* table, int64_t channels, int64_t row_stride, bool silu) {
+  const float factor = silu && kIsBf16<T> ? -1.44269504f : 1.0f;
+  for (int row = 0; row < 3; ++row, table += row_stride) {
+    const vf by = splat(row ? factor : 1.0f);
     int64_t c = 0;
-    for (; c + 4 * kWidth <= channels; c += 4 * kWidth)
-      piece_stats<T, 4, false>(p + c, n, channels, kWidth, first, out.mean + c, out.m2 + c);
-    for (; c + kWidth <= channels; c += kWidth)
-      piece_stats<T, 1, false>(p + c, n, channels, kWidth, first, out.mean + c, out.m2 + c);
-    if (c < channels)
-      piece_stats<T, 1, true>(p + c, n, channels, static_cast<int>(channels - c), first, out.mean + c, out.m2 + c);
-    first += n;
-    piece = piece * kPieceGrowth < kLargestPiece ? piece * kPieceGrowth : kLargestPiece;
+    for (; c + 2 * kWidth <= channels; c += 2 * kWidth) {
+      vf a, b;
+      load_pair_as<T>(table + c, &a, &b);
+      store(table + c, a * by);
+      store(table + c + kWidth, b * by);
+    }
+    for (; c < channels; ++c) table[c] *= by[0];
   }
 }
 
-// ---- statistics -> coefficients ----------------------------------------------------------------------------------
-
-double element(const TensorView& t, int64_t index) {
-  switch (t.dtype) {
-    case DType::kFloat32:
-      return t.as<const float>()[index];
-    case DType::kBFloat16: {
-      const uint32_t word = static_cast<uint32_t>(t.as<const bf16>()[index].bits) << 16;
-      float value;
-      std::memcpy(&value, &word, sizeof value);
-      return value;
-    }
-    default:
-      return load_partial(t.as<const fp16>() + index, 1)[0];
-  }
+// K vectors of a row, or of several, in place; those with an odd index take the second coefficients.
+template <class T, bool kSilu, int K>
+inline void finish(vf* v, const Coefficients& even, const Coefficients& odd) {
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) v[k] -= k % 2 ? odd.centre : even.centre;
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) v[k] = v[k] * (k % 2 ? odd.gain : even.gain) + (k % 2 ? odd.offset : even.offset);
+  if constexpr (kSilu && kIsBf16<T>)
+    silu_coarse_of_scaled<K>(v);
+  else if constexpr (kSilu)
+    for (int k = 0; k < K; ++k) v[k] = silu<false>(v[k]);
 }
 
-void coefficients(const GroupNormShape& s, const double* stats, const AffineParams& affine, int64_t sample, double eps,
-                  double* scratch, float* out) {
-  const int64_t C = s.channels;
-  const double rows = static_cast<double>(s.rows);
-  double *mean = scratch, *m2 = scratch + C;
-  for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0.0;
-  for (int64_t b = 0; b < s.blocks; ++b) {
-    const int64_t left = s.rows - b * s.block_rows;
-    const double n = static_cast<double>(left < s.block_rows ? left : s.block_rows);
-    for (int64_t c = 0; c < C; ++c) mean[c] += stats[b * 2 * C + c] * (n / rows);
-  }
-  for (int64_t b = 0; b < s.blocks; ++b) {
-    const int64_t left = s.rows - b * s.block_rows;
-    const double n = static_cast<double>(left < s.block_rows ? left : s.block_rows);
-    for (int64_t c = 0; c < C; ++c) {
-      const double delta = stats[b * 2 * C + c] - mean[c];
-      m2[c] += stats[(b * 2 + 1) * C + c] + delta * delta * n;
-    }
-  }
-
-  const int64_t width = C / s.groups;
-  for (int64_t g = 0; g < s.groups; ++g) {
-    double centre = 0.0, squares = 0.0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) centre += mean[c];
-    centre /= static_cast<double>(width);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c)
-      squares += m2[c] + (mean[c] - centre) * (mean[c] - centre) * rows;
-    const double rstd = 1.0 / __builtin_sqrt(squares / (rows * static_cast<double>(width)) + eps);
-    const float rounded = static_cast<float>(centre);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      double gain = affine.weight ? element(affine.weight, c) : 1.0;
-      double offset = affine.bias ? element(affine.bias, c) : 0.0;
-      if (affine.scale) {
-        const double factor = 1.0 + element(affine.scale, sample * affine.scale.stride[0] + c);
-        gain *= factor;
-        offset = offset * factor + element(affine.shift, sample * affine.shift.stride[0] + c);
-      }
-      gain *= rstd;
-      out[c] = rounded;
-      out[C + c] = static_cast<float>(gain);
-      out[2 * C + c] = static_cast<float>(offset + (rounded - centre) * gain);  // what rounding the mean left out
-    }
-  }
-}
-
-// ---- apply -------------------------------------------------------------------------------------------------------
-
-template <bool kSilu, bool kCoarse>
-inline vf finish(vf x, vf centre, vf gain, vf offset) {
-  const vf y = (x - centre) * gain + offset;
-  return kSilu ? silu<kCoarse>(y) : y;
+template <class T, bool kSilu, int kCount>
+inline void step(const T* x, T* out, int64_t channels, int64_t out_stride, const Coefficients& a,
+                 const Coefficients& b) {
+  vf v[2 * kCount];
+#pragma GCC unroll 4
+  for (int k = 0; k < kCount; ++k) load_pair(x + k * channels, v + 2 * k, v + 2 * k + 1);
+  finish<T, kSilu, 2 * kCount>(v, a, b);
+#pragma GCC unroll 4
+  for (int k = 0; k < kCount; ++k) store_pair(out + k * out_stride, v[2 * k], v[2 * k + 1]);
 }
 
 template <class T, bool kSilu>
-void apply_rows(const T* x, T* out, int64_t rows, int64_t channels, const float* coefficients) {
-  constexpr bool kCoarse = kIsBf16<T>;
-  const float *centre = coefficients, *gain = centre + channels, *offset = gain + channels;
-  const int64_t whole = channels - channels % kWidth;
-  const int lanes = static_cast<int>(channels - whole);
-  for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
-    for (int64_t c = 0; c < whole; c += kWidth)
-      store(out + c, finish<kSilu, kCoarse>(load(x + c), load(centre + c), load(gain + c), load(offset + c)));
-    if (lanes)
-      store_partial(out + whole,
-                    finish<kSilu, kCoarse>(load_partial(x + whole, lanes), load_partial(centre + whole, lanes),
-                                           load_partial(gain + whole, lanes), load_partial(offset + whole, lanes)),
-                    lanes);
+void apply_rows(const T* x, T* out, int64_t rows, int64_t channels, int64_t out_stride, const float* table,
+                int64_t row_stride) {
+  const float *centre = table, *gain = table + row_stride, *offset = gain + row_stride;
+  for (int64_t first = 0; first < rows; first += kTogether, x += kTogether * channels, out += kTogether * out_stride) {
+    const int64_t n = rows - first < kTogether ? rows - first : kTogether;
+    int64_t c = 0;
+    for (; c + 2 * kWidth <= channels; c += 2 * kWidth) {
+      const Coefficients a{load(centre + c), load(gain + c), load(offset + c)};
+      const Coefficients b{load(centre + c + kWidth), load(gain + c + kWidth), load(offset + c + kWidth)};
+      if (n == kTogether)
+        step<T, kSilu, kTogether>(x + c, out + c, channels, out_stride, a, b);
+      else
+        for (int64_t r = 0; r < n; ++r)
+          step<T, kSilu, 1>(x + c + r * channels, out + c + r * out_stride, channels, out_stride, a, b);
+    }
+    for (; c < channels; c += kWidth) {
+      const int count = channels - c < kWidth ? static_cast<int>(channels - c) : kWidth;
+      const Coefficients a{load_partial(centre + c, count), load_partial(gain + c, count),
+                           load_partial(offset + c, count)};
+      for (int64_t r = 0; r < n; ++r) {
+        const T* source = x + c + r * channels;
+        T* target = out + c + r * out_stride;
+        vf v = count == kWidth ? load(source) : load_partial(source, count);
+        finish<T, kSilu, 1>(&v, a, a);
+        if (count == kWidth)
+          store(target, v);
+        else
+          store_partial(target, v, count);
+      }
+    }
   }
 }
 
 template <class T>
-void apply(const char* x, char* out, int64_t rows, int64_t channels, const float* coefficients, bool silu) {
+void apply(const char* x, char* out, int64_t rows, int64_t channels, int64_t out_stride, const float* coefficients,
+           int64_t row_stride, bool silu) {
   const T* source = reinterpret_cast<const T*>(x);
   T* target = reinterpret_cast<T*>(out);
   if (silu)
-    apply_rows<T, true>(source, target, rows, channels, coefficients);
+    apply_rows<T, true>(source, target, rows, channels, out_stride, coefficients, row_stride);
   else
-    apply_rows<T, false>(source, target, rows, channels, coefficients);
+    apply_rows<T, false>(source, target, rows, channels, out_stride, coefficients, row_stride);
 }
 
 }  // namespace
 
-extern const GroupNormKernels kGroupNormKernels = {
-    {block_stats<float>, block_stats<bf16>, block_stats<fp16>}, coefficients, {apply<float>, apply<bf16>, apply<fp16>}};
+extern const GroupNormKernels kGroupNormKernels = {{arrange<float>, arrange<bf16>, arrange<fp16>},
+                                                  {apply<float>, apply<bf16>, apply<fp16>}};
 
 }  // namespace IDM_ISA
 }  // namespace idm

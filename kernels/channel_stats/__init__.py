@@ -13,8 +13,8 @@ from idm_fast.kernels.interpreter import triton_condition
 
 NAME = "channel_stats"
 
-MAX_PIECES = 256  # a batch of one still fills 132 multiprocessors
-LEAST_ROWS = 32  # shorter pieces would make the partials more than an eighth of a 16-bit tensor
+MAX_PIECES = 128  # with two tiles of channels they fill 132 multiprocessors, and a consumer can still read them all
+LEAST_ROWS = 64  # shorter pieces would make the partials more than a sixteenth of a 16-bit tensor
 
 
 class ChannelStats(NamedTuple):
@@ -130,6 +130,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cpu", f"{__name__}.native:channel_stats", frozenset({"cpu"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:channel_stats", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:channel_stats", frozenset({"cpu", "cuda"}), ANY_FLOAT),
     ],

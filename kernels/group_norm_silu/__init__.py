@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels import check
+from idm_fast.kernels.channel_stats import ChannelStats, check_stats
 from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
 from idm_fast.kernels.interpreter import triton_condition
+from idm_fast.kernels.norm_coefficients import check_affine
 
 NAME = "group_norm_silu"
 
 
 def group_norm_silu(
-    x: Tensor,  # [N, C, H, W] channels_last
+    x: Tensor,  # [N, C1, H, W] channels_last
     num_groups: int,
     weight: Tensor | None = None,  # [C]
     bias: Tensor | None = None,  # [C]
@@ -22,52 +24,63 @@ def group_norm_silu(
     scale: Tensor | None = None,  # [N, C]
     shift: Tensor | None = None,  # [N, C]
     silu: bool = True,
-    out: Tensor | None = None,  # as x
+    skip: Tensor | None = None,  # [N, C2, H, W] channels_last
+    stats: ChannelStats | None = None,  # of x
+    skip_stats: ChannelStats | None = None,  # of skip
+    out: Tensor | None = None,  # [N, C, H, W] channels_last
 ) -> Tensor:
     """y = silu(((x - mean_g) / sqrt(var_g + eps) * weight + bias) * (1 + scale) + shift).
 
     Mean and (biased) variance run over the C / num_groups channels and H * W positions of a group of one sample, in
     float32 or better. ``scale`` and ``shift`` come together or not at all and may be slices with dense rows;
-    parameters are float32 or of x's dtype. ``out`` may be ``x`` itself. Returns a tensor of x's dtype and layout.
+    parameters are float32 or of x's dtype. With ``skip`` the result is that of torch.cat([x, skip], 1), C = C1 + C2,
+    which is never made; groups may straddle the seam. Where ``stats`` or ``skip_stats`` are given they are taken for
+    the statistics of that tensor, which is then read once only. ``out`` may be ``x`` itself where there is no
+    ``skip``. Returns a tensor of x's dtype and layout.
 
     Raises ``ContractError`` for arguments outside the contract and ``BackendError`` where no backend can run.
     Source: Wu & He, "Group Normalization", ECCV 2018; scale-shift as in guided-diffusion (arXiv 2105.05233).
     """
-    check.no_autograd(NAME, x, weight, bias, scale, shift, out)
+    check.no_autograd(NAME, x, skip, out)
     if x.dim() != 4:
         check.fail(NAME, "x", "4-dimensional", "[N, C, H, W]", list(x.shape))
     check.floating(NAME, "x", x)
     check.nhwc(NAME, "x", x)
-    n, c = x.shape[0], x.shape[1]
-    if num_groups < 1 or c % num_groups:
-        check.fail(NAME, "num_groups", "a divisor of C", f"divisor of {c}", num_groups)
-    if weight is not None:
-        _parameter("weight", weight, x, "[C]", (c,))
-    if bias is not None:
-        _parameter("bias", bias, x, "[C]", (c,))
-    if scale is not None and shift is not None:
-        _parameter("scale", scale, x, "[N, C]", (n, c))
-        _parameter("shift", shift, x, "[N, C]", (n, c))
-    elif scale is not None or shift is not None:
-        check.fail(NAME, "scale and shift", "given together", "both or none", "one of them")
+    n, c, h, w = x.shape
+    if skip is not None:
+        if skip.dim() != 4:
+            check.fail(NAME, "skip", "4-dimensional", "[N, C, H, W]", list(skip.shape))
+        check.shape_is(NAME, "skip", skip, "[N, C2, H, W] of x", (n, skip.shape[1], h, w))
+        check.dtype_in(NAME, "skip", skip, (x.dtype,))
+        check.device_is(NAME, "skip", skip, x.device)
+        check.nhwc(NAME, "skip", skip)
+        c += skip.shape[1]
+    check_affine(NAME, x.device, (n, c), num_groups, weight, bias, scale, shift, (torch.float32, x.dtype))
+    if stats is not None:
+        check_stats(NAME, "stats", stats, x)
+    if skip_stats is not None:
+        if skip is None:
+            check.fail(NAME, "skip_stats", "given with skip", "none", "statistics of no tensor")
+        check_stats(NAME, "skip_stats", skip_stats, skip)
     if out is not None:
-        check.shape_is(NAME, "out", out, "of x's shape", x.shape)
+        check.shape_is(NAME, "out", out, "of x's shape" if skip is None else "[N, C1 + C2, H, W]", (n, c, h, w))
         check.dtype_in(NAME, "out", out, (x.dtype,))
         check.device_is(NAME, "out", out, x.device)
         check.nhwc(NAME, "out", out)
-        check.apart(NAME, "out", out, "x", x, same_ok=True)
-    if x.numel() == 0:
-        return torch.empty_like(x) if out is None else out
-    result: Tensor = OP.run(x.device, x.dtype, x, num_groups, weight, bias, eps, scale, shift, silu, out)
-    return result
+        check.apart(NAME, "out", out, "x", x, same_ok=skip is None)
+        if skip is not None:
+            check.apart(NAME, "out", out, "skip", skip)
+    else:
+        out = torch.empty_like(x) if skip is None else _empty(x, (n, c, h, w))
+    if out.numel() == 0:
+        return out
+    statistics = (stats, skip_stats)
+    OP.run(x.device, x.dtype, x, num_groups, weight, bias, eps, scale, shift, silu, skip, *statistics, out)
+    return out
 
 
-def _parameter(name: str, value: Tensor, x: Tensor, contract: str, shape: tuple[int, ...]) -> None:
-    check.shape_is(NAME, name, value, contract, shape)
-    if value.dtype != x.dtype and value.dtype != torch.float32:
-        check.dtype_in(NAME, name, value, (torch.float32, x.dtype))
-    check.device_is(NAME, name, value, x.device)
-    check.last_dim_dense(NAME, name, value)
+def _empty(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 OP = Op(

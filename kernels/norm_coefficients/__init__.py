@@ -122,6 +122,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cpu", f"{__name__}.native:norm_coefficients", frozenset({"cpu"}), FLOATS),
         Backend(
             "torch",
             f"{__name__}.torch_backend:norm_coefficients",

@@ -1,0 +1,19 @@
+"""CPU kernel: csrc/channel_stats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.kernels.channel_stats import ChannelStats, piece_rows
+from idm_fast.kernels.extension import require_native, view
+
+native = require_native()
+
+
+def channel_stats(
+    x: Tensor,  # [N, C, H, W] channels_last
+    out: ChannelStats,
+) -> None:
+    size = piece_rows(x.shape[2] * x.shape[3])
+    native.channel_stats(view(x), view(out.partials), view(out.counts), size, torch.get_num_threads())
