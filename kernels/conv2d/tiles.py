@@ -40,7 +40,7 @@ class Config:
     splits: int = 1
 
 
-# From the largest tile to the smallest. 16-bit: 128 x 128 is what a pair of warpgroups of sm_90 likes, 64 x 64 what fills
+# From the largest tile to the smallest. 16-bit: 128 x 128 is what a pair of warpgroups of sm_90 likes, 64 x 64 fills
 # a device at low resolutions; 64 channels a step make the larger tiles spill registers when everything is fused.
 # float32 runs without tensor cores: small tiles keep the operands in registers.
 HALF = (
