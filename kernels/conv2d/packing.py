@@ -28,6 +28,9 @@ class PackedCache:
         self._pack = pack
         self._entries: MutableMapping[Tensor, Entry] = WeakTensorKeyDictionary()
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def get(self, weight: Tensor) -> Tensor:
         if weight.is_inference():
             return self._pack(weight)

@@ -53,12 +53,13 @@ def conv2d_int8(
         block = native.conv2d_int8_block_rows(grid[0], grid[1], channels, kernel, stride)
         counts = block_counts(grid[0], grid[1], block, 4 if upsample else 1)
         stats = ChannelStats(torch.empty((shape[0], len(counts), 2, shape[1]), dtype=torch.float32), counts)
+    packed = _packed.get(weight)  # held here: a view keeps nothing alive
     native.conv2d_int8(
         view(x),
         optional_view(skip),
         optional_view(coefficients),
         silu,
-        view(_packed.get(weight)),
+        view(packed),
         view(weight_scale),
         view(activation),
         kernel,
