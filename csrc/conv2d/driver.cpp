@@ -144,16 +144,14 @@ void run_conv(const ConvInputs& in, const ConvGrid& g, const ConvCode& code, int
   }
   Scratch* const scratch = workspace.scratch.data();
 
-  // Bytes of a tap's shift, per phase. Position (0, 0) of a block lies at row 0, column 0 of the prepared rows, which
-  // begin one row and one column before it where there is a halo.
-  int64_t shifts[4][9];
+  // The taps of one row of the kernel lie side by side in the prepared rows, as their weights do: they are one run of
+  // words, and what is shifted is a row. Position (0, 0) of a block lies at row 0, column 0 of the prepared rows, which
+  // begin one row and one column before it where there is a halo. Phases differ in the row and column they begin at.
+  const int64_t side = in.upsample ? 2 : in.kernel;
+  int64_t shifts[4][3];
   const int64_t zero = 0;
   for (int64_t phase = 0; phase < g.phases; ++phase)
-    for (int64_t tap = 0; tap < g.taps; ++tap) {
-      const int64_t side = in.upsample ? 2 : in.kernel;
-      const int64_t row = tap / side + (in.upsample ? phase / 2 : 0), col = tap % side + (in.upsample ? phase % 2 : 0);
-      shifts[phase][tap] = row * line + col * pitch;
-    }
+    for (int64_t row = 0; row < side; ++row) shifts[phase][row] = (row + phase / 2) * line + phase % 2 * pitch;
 
   const auto sample = [&](const TensorView& t, int64_t n) {
     return t ? t.data + n * t.shape[1] * t.shape[2] * t.shape[3] * element : nullptr;
@@ -197,7 +195,7 @@ void run_conv(const ConvInputs& in, const ConvGrid& g, const ConvCode& code, int
     ConvTile t{};
     t.rows = rows, t.cols = g.cols, t.lanes = std::min(code.strip, g.cout - c);
     t.segments = in.shortcut ? 2 : 1;
-    t.segment[0] = {s.main, in.stride * line, in.stride * pitch, shifts[phase], g.taps, words,
+    t.segment[0] = {s.main, in.stride * line, in.stride * pitch, shifts[phase], side, side * words,
                     code.weight + (phase * padded + c) * g.taps * words * 4};
     if (in.shortcut)
       t.segment[1] = {s.shortcut + a * shortcut_line + d * shortcut_pitch, up * shortcut_line, up * shortcut_pitch,
