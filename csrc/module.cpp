@@ -9,6 +9,7 @@
 #include "common/threads.h"
 #include "dynamic_threshold/dynamic_threshold.h"
 #include "conv2d/conv2d.h"
+#include "conv2d_int8/conv2d_int8.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "norm_coefficients/norm_coefficients.h"
 #include "sampler_update/sampler_update.h"
@@ -43,6 +44,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_pack", &idm::conv2d_pack, NoGil());
   m.def("conv2d_packed_bytes", &idm::conv2d_packed_bytes);
   m.def("conv2d_block_rows", &idm::conv2d_block_rows);
+  m.def("conv2d_int8", &idm::conv2d_int8, NoGil());
+  m.def("conv2d_int8_pack", &idm::conv2d_int8_pack, NoGil());
+  m.def("conv2d_int8_packed_bytes", &idm::conv2d_int8_packed_bytes);
+  m.def("conv2d_int8_block_rows", &idm::conv2d_int8_block_rows);
 
 #if defined(IDM_HAVE_CUDA)
   idm::bind_cuda(m);

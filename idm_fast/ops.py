@@ -16,6 +16,8 @@ from idm_fast.kernels import (
     attention_block,
     channel_stats,
     conv2d,
+    conv2d_fp8,
+    conv2d_int8,
     dynamic_threshold,
     group_norm_silu,
     norm_coefficients,
@@ -39,6 +41,8 @@ NAMES = (
     "dynamic_threshold",
     "time_embedding",
     "conv2d",
+    "conv2d_int8",
+    "conv2d_fp8",
     "vq_nearest",
 )
 
@@ -62,6 +66,8 @@ __all__ = [
     "attention_block",
     "channel_stats",
     "conv2d",
+    "conv2d_fp8",
+    "conv2d_int8",
     "dynamic_threshold",
     "group_norm_silu",
     "norm_coefficients",

@@ -75,7 +75,13 @@ def each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def to_device(value: Any, device: str | torch.device) -> Any:
     """Moves a tensor and keeps its strides (``Tensor.to`` keeps them for dense tensors only)."""
-    return each_tensor(lambda t: t if t.device == torch.device(device) else t.to(device), value)
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.device == torch.device(device) or tensor.to(device).stride() == tensor.stride():
+            return tensor.to(device)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
+
+    return each_tensor(moved, value)
 
 
 def poison(like: Tensor) -> Tensor:

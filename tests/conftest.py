@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -56,8 +59,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def build_cuda_on_cpu(folder: Path, *options: str) -> Path:
-    """Builds ``_E.so``, the CUDA kernels for the CPU, where its sources have changed. Skips without a compiler."""
+def build(source: Path, folder: Path, target: str, *options: str) -> Path:
+    """Builds a native module with CMake where its sources have changed. Skips where there is no compiler."""
     pybind11 = pytest.importorskip("pybind11")
     tools = {}
     for name, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
@@ -67,23 +70,70 @@ def build_cuda_on_cpu(folder: Path, *options: str) -> Path:
         pytest.skip("no C++ compiler found: c++ (or what CXX names)")
     folder.mkdir(parents=True, exist_ok=True)
     configure = [
-        tools["cmake"], f"-S{ROOT / 'csrc' / 'common' / 'cuda_on_cpu'}", f"-B{folder}", "-GNinja",
-        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}", "-DCMAKE_BUILD_TYPE=Release",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
+        tools["cmake"], f"-S{source}", f"-B{folder}", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
+        "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options,
     ]  # fmt: skip
     for command in (configure, [tools["cmake"], "--build", str(folder), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return folder / "_E.so"
+    return folder / f"{target}.so"
+
+
+def load(name: str, path: Path) -> ModuleType:
+    """The module in the file ``path``, whatever else has its name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+CUDA_ON_CPU = ROOT / "csrc" / "common" / "cuda_on_cpu"
 
 
 @pytest.fixture(scope="session")
 def emulator() -> ModuleType:
     """The CUDA kernels compiled for the CPU: what ``_C`` is on a machine with a GPU, for CPU tensors."""
-    path = build_cuda_on_cpu(ROOT / "build" / "cuda_on_cpu")
-    spec = importlib.util.spec_from_file_location("_E", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("_E", build(CUDA_ON_CPU, ROOT / "build" / "cuda_on_cpu", "_E"))
+
+
+@contextmanager
+def cuda_rows_on_cpu(emulator: ModuleType) -> Iterator[None]:
+    """Every operation's CUDA row runs on the CPU: a copy of its Python side that got the emulator for ``_C``."""
+    from idm_fast.kernels import extension
+    from idm_fast.ops import OPS
+
+    with ExitStack() as stack:
+        extension.cuda_stand_in = emulator
+        try:
+            for op in OPS.values():
+                if (row := op.backends.get("cuda")) is None:
+                    continue
+                name, _, function = row.function.partition(":")
+                spec = importlib.util.find_spec(name)
+                assert spec is not None
+                copy = load(f"{name}_on_cpu", Path(str(spec.origin)))
+                stack.callback(sys.modules.pop, copy.__name__)
+                there = replace(row, function=f"{copy.__name__}:{function}", devices=frozenset({"cpu"}))
+                stack.enter_context(op.substituted(there))
+        finally:
+            extension.cuda_stand_in = None
+        yield
+
+
+@pytest.fixture(scope="session")
+def emulated_rows() -> Callable[[ModuleType], AbstractContextManager[None]]:
+    return cuda_rows_on_cpu
+
+
+@pytest.fixture(scope="session")
+def build_module() -> Callable[..., Path]:
+    return build
+
+
+@pytest.fixture(scope="session")
+def load_file() -> Callable[[str, Path], ModuleType]:
+    return load

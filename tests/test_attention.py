@@ -129,3 +129,20 @@ def test_far_behind_on_every_instruction_set() -> None:
             test_scores_that_fall_far_behind_weigh_nothing("cpu")
     finally:
         extension.native.set_cpu_isa("")
+
+
+@pytest.mark.skipif(extension.native is None, reason=str(extension.missing))
+def test_shared_packing_gives_the_same_bits() -> None:
+    """Heads too large for every worker to pack its own are packed by all together."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 50, 3, 512, generator=generator)
+    k, v = torch.randn(2, 1, 2000, 3, 512, generator=generator)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(run("cpu", q, k, v))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], run("reference", q, k, v), rtol=1e-5, atol=1e-5)

@@ -5,18 +5,14 @@ The same Python sides and the same kernels as on a device, by the same rule as t
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from idm_fast.kernels import extension
 from idm_fast.kernels.case import Case, verdict
 from idm_fast.ops import OPS, BackendError, suite, use_backend
 
@@ -35,37 +31,16 @@ def matrix() -> list[Any]:
     return [
         pytest.param(name, case, dtype, id=f"{name}-{case.name}-{str(dtype).removeprefix('torch.')}")
         for name in CUDA_OPS
-        for case in suite(name).cases
+        for case in suite(name).tested
         if small(case)
         for dtype in suite(name).dtypes
     ]
 
 
 @pytest.fixture(scope="module")
-def emulated(emulator: ModuleType) -> Iterator[ModuleType]:
-    """Every operation's CUDA row runs on the CPU: a copy of its Python side that got the emulator for ``_C``."""
-    extension.cuda_stand_in = emulator
-    try:
-        with ExitStack() as stack:
-            for name in CUDA_OPS:
-                row = OPS[name].backends["cuda"]
-                module, _, function = row.function.partition(":")
-                copy = f"{module}_on_cpu"
-                spec = importlib.util.find_spec(module)
-                assert spec is not None
-                assert spec.origin is not None
-                copy_spec = importlib.util.spec_from_file_location(copy, spec.origin)
-                assert copy_spec is not None
-                assert copy_spec.loader is not None
-                sys.modules[copy] = importlib.util.module_from_spec(copy_spec)
-                stack.callback(sys.modules.pop, copy)
-                copy_spec.loader.exec_module(sys.modules[copy])
-                there = replace(row, function=f"{copy}:{function}", devices=frozenset({"cpu"}))
-                stack.enter_context(OPS[name].substituted(there))
-            extension.cuda_stand_in = None
-            yield emulator
-    finally:
-        extension.cuda_stand_in = None
+def emulated(emulator: ModuleType, emulated_rows: Callable[[ModuleType], AbstractContextManager[None]]) -> Any:
+    with emulated_rows(emulator):
+        yield emulator
 
 
 @pytest.mark.parametrize(("name", "case", "dtype"), matrix())

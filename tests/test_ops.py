@@ -19,6 +19,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED_ELEMENTS = 21_000  # the interpreter runs a program at a time: larger cases would take minutes
 
 
+def place(name: str, backend: str) -> str:
+    """Where a backend is judged: on the device if there is one and it runs there, else on the CPU."""
+    return DEVICE if DEVICE in OPS[name].backends[backend].devices else "cpu"
+
+
 def matrix() -> list[Any]:
     rows = []
     for name in OPS:
@@ -27,38 +32,40 @@ def matrix() -> list[Any]:
                 for backend in BACKENDS:
                     if backend in OPS[name].backends:
                         short = str(dtype).removeprefix("torch.")
-                        rows.append(
-                            pytest.param(name, case, dtype, backend, id=f"{name}-{case.name}-{short}-{backend}")
-                        )
+                        marks = [pytest.mark.gpu] if place(name, backend) == "cuda" else []
+                        called = f"{name}-{case.name}-{short}-{backend}"
+                        rows.append(pytest.param(name, case, dtype, backend, id=called, marks=marks))
     return rows
 
 
 @cache
-def truth(name: str, case: Case, dtype: torch.dtype) -> tuple[Outputs, Outputs]:
-    """(float64 reference, torch in the same dtype) of one case, shared by all backends."""
-    inputs = case.inputs(dtype, DEVICE)
+def truth(name: str, case: Case, dtype: torch.dtype, device: str) -> tuple[Outputs, Outputs]:
+    """(float64 reference, torch in the same dtype) of one case, shared by all backends of a device."""
+    inputs = case.inputs(dtype, device)
     with use_backend("torch"):
         return suite(name).exact(inputs), suite(name).call(inputs)
 
 
 def run(name: str, case: Case, dtype: torch.dtype, backend: str) -> Outputs:
     """Runs the case, or skips it with the backend's own reason."""
-    inputs = case.inputs(dtype, DEVICE)
-    values = [*inputs.values(), *truth(name, case, dtype)[0].values()]
+    device = place(name, backend)
+    inputs = case.inputs(dtype, device)
+    values = [*inputs.values(), *truth(name, case, dtype, device)[0].values()]
     parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
     largest = max(part.numel() for part in parts if isinstance(part, torch.Tensor))
-    if backend == "triton" and DEVICE == "cpu" and largest > INTERPRETED_ELEMENTS:
+    if backend == "triton" and device == "cpu" and largest > INTERPRETED_ELEMENTS:
         pytest.skip("too large for Triton's interpreter")
     try:
         with use_backend(backend):
             return suite(name).call(inputs)
     except BackendError:
-        reason = OPS[name].why_not(backend, DEVICE, dtype) or "refused by its limits"
+        reason = OPS[name].why_not(backend, device, dtype) or "refused by its limits"
         pytest.skip(f"{backend}: {reason}")
 
 
 def judge(out: Outputs, name: str, case: Case, dtype: torch.dtype, ulps: float = 0.0) -> None:
-    wrong = verdict(out, *truth(name, case, dtype), ulps)
+    device = next(iter(out.values())).device.type
+    wrong = verdict(out, *truth(name, case, dtype, device), ulps)
     assert wrong is None, f"{case.name} ({case.why}): {wrong}"
 
 
@@ -66,7 +73,7 @@ def judge(out: Outputs, name: str, case: Case, dtype: torch.dtype, ulps: float =
 def test_matches_float64(name: str, case: Case, dtype: torch.dtype, backend: str) -> None:
     out = run(name, case, dtype, backend)
     # Triton's interpreter cuts bfloat16 off where a device rounds.
-    interpreted = backend == "triton" and DEVICE == "cpu"
+    interpreted = backend == "triton" and place(name, backend) == "cpu"
     judge(out, name, case, dtype, ulps=1.0 if interpreted and dtype == torch.bfloat16 else 0.0)
     if interpreted and dtype != torch.float32:
         return  # slow, and the same code as in float32

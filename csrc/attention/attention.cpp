@@ -11,7 +11,8 @@
 namespace idm {
 namespace {
 
-constexpr int64_t kPackedWords = 2 * 1024 * 1024;  // packed heads at a time: what one pass over a batch may take, 8 MiB
+constexpr int64_t kAlone = 128 * 1024;  // multiplications that are sooner done than a second thread is called
+constexpr int64_t kPackedWords = 4 * 1024 * 1024;  // 16 MiB of packed heads at a time
 
 const AttentionKernels& kernels() {
   static constexpr const AttentionKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kAttentionKernels);
@@ -23,6 +24,13 @@ uint32_t* workspace(int64_t words) {
   thread_local std::vector<uint32_t> memory;
   if (static_cast<int64_t>(memory.size()) < words) memory.resize(words);
   return memory.data();
+}
+
+// Which head each worker has packed: none yet.
+std::vector<int64_t>& packed_units(int threads) {
+  thread_local std::vector<int64_t> units;
+  units.assign(static_cast<size_t>(threads), -1);
+  return units;
 }
 
 }  // namespace
@@ -40,7 +48,7 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
   const int64_t packed_words = sizes.key_words + sizes.value_words;
   const int64_t panels = (S + sizes.panel_keys - 1) / sizes.panel_keys;
   const int64_t blocks = (L + kQueryBlock - 1) / kQueryBlock;
-  threads = std::max(threads, 1);
+  threads = units * L * S * d <= kAlone ? 1 : std::max(threads, 1);
 
   auto head_of = [&](int64_t unit, uint32_t* packed) {
     const int64_t n = unit / heads, h = unit % heads;
@@ -59,19 +67,24 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v, co
     kernel.attend[type](head, first, L * (block + 1) / blocks - first, scratch);
   };
 
-  // Enough heads: each worker packs and walks whole ones without a barrier.
-  if (threads == 1 || units % threads == 0 || units >= 4 * threads) {
+  // Each worker packs the heads that it meets: one or two more than its share, and nobody waits in between.
+  if (threads * packed_words <= kPackedWords) {
     const int64_t per_worker = packed_words + sizes.block_words;
     uint32_t* memory = workspace(threads * per_worker);
-    auto whole = [&](int64_t unit, int worker) {
+    std::vector<int64_t>& packed = packed_units(threads);
+    auto walk = [&](int64_t task, int worker) {
+      const int64_t unit = task / blocks;
       uint32_t* mine = memory + worker * per_worker;
       const AttentionHead head = head_of(unit, mine);
-      for (int64_t p = 0; p < panels; ++p) kernel.pack[type](head, p);
-      for (int64_t b = 0; b < blocks; ++b) attend(head, b, mine + packed_words);
+      if (packed[worker] != unit)
+        for (int64_t p = 0; p < panels; ++p) kernel.pack[type](head, p);
+      packed[worker] = unit;
+      attend(head, task % blocks, mine + packed_words);
     };
-    return parallel_for(units, threads, whole);
+    return parallel_for(units * blocks, threads, walk);
   }
 
+  // Long images on many cores: they share what is packed.
   const int64_t group = std::clamp<int64_t>(kPackedWords / packed_words, 1, units);
   uint32_t* memory = workspace(group * packed_words + threads * sizes.block_words);
   uint32_t* scratch = memory + group * packed_words;

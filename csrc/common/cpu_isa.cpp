@@ -22,7 +22,8 @@ bool has_avx512() {
 std::vector<Entry> usable_isas() {
   std::vector<Entry> found;
 #if defined(IDM_HAVE_avx512bf16)
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) found.push_back({CpuIsa::kAvx512Bf16, "avx512bf16"});
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back({CpuIsa::kAvx512Bf16, "avx512bf16"});
 #endif
 #if defined(IDM_HAVE_avx512)
   if (has_avx512()) found.push_back({CpuIsa::kAvx512, "avx512"});

@@ -13,11 +13,6 @@ namespace {
 
 constexpr const char* kOp = "conv2d";
 
-const Conv2dKernels& kernels() {
-  static constexpr const Conv2dKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kConv2dKernels);
-  return *kTables[static_cast<int>(cpu_isa())];
-}
-
 void check_packed(const char* name, const TensorView& t, int64_t bytes) {
   const bool ok = t.ndim == 1 && is_contiguous(t) && t.numel() * element_size(t.dtype) == bytes;
   require(ok, kOp, std::string(name) + " must be packed by conv2d_pack for this instruction set, dtype and shape");
@@ -25,7 +20,7 @@ void check_packed(const char* name, const TensorView& t, int64_t bytes) {
 
 int64_t words_of(int dtype) {
   require(dtype >= 0 && dtype < kFloatTypes, kOp, "the dtype must be a float type");
-  return kernels().per_word[dtype];
+  return conv2d_kernels().per_word[dtype];
 }
 
 }  // namespace
@@ -44,30 +39,10 @@ void conv2d(const TensorView& x, const TensorView& skip, const TensorView& coeff
           "shortcut and shortcut_weight must be given together");
   if (shortcut)
     check_packed("shortcut_weight", shortcut_weight, conv2d_packed_bytes(type, 1, g.cout, 1, g.shortcut_channels));
-  const Conv2dKernels& k = kernels();
-  if (partials) {
-    const int64_t block = conv2d_block_rows(type, g.rows, g.cols, g.channels, kernel, stride);
-    const int64_t pieces = block ? (g.rows + block - 1) / block * g.phases : 0;
-    const bool ok = partials.ndim == 4 && partials.dtype == DType::kFloat32 && partials.shape[0] == g.samples &&
-                    partials.shape[1] == pieces && partials.shape[2] == 2 && partials.shape[3] == g.cout &&
-                    is_contiguous(partials);
-    require(ok, kOp, "partials must be a contiguous float32 tensor [N, P, 2, Cout]");
-  }
-
-  const int64_t padded = round_up(g.cout, k.width);
+  const Conv2dKernels& k = conv2d_kernels();
+  check_partials(kOp, in, g, k.per_word[type]);
   thread_local std::vector<float> base;
-  base.assign(static_cast<size_t>(g.samples * padded), 0.0f);
-  const auto add_rows = [&](const TensorView& t, const char* name, int ndim) {
-    if (!t) return;
-    const bool ok = t.ndim == ndim && is_float(t) && t.shape[ndim - 1] == g.cout &&
-                    (g.cout == 1 || t.stride[ndim - 1] == 1) && (ndim == 1 || t.shape[0] == g.samples);
-    require(ok, kOp, std::string(name) + " must be a float tensor of the contract's shape with dense rows");
-    for (int64_t n = 0; n < g.samples; ++n)
-      k.add[static_cast<int>(t.dtype)](t.data + (ndim == 2 ? n * t.stride[0] : 0) * element_size(t.dtype), g.cout,
-                                       base.data() + n * padded);
-  };
-  add_rows(bias, "bias", 1);
-  add_rows(time_shift, "time_shift", 2);
+  conv_base(kOp, g, bias, time_shift, base);
   if (out.numel() == 0) return;
 
   ConvCode code{};
@@ -81,7 +56,7 @@ void conv2d(const TensorView& x, const TensorView& skip, const TensorView& coeff
 }
 
 int64_t conv2d_packed_bytes(int dtype, int64_t matrices, int64_t cout, int64_t taps, int64_t channels) {
-  const Conv2dKernels& k = kernels();
+  const Conv2dKernels& k = conv2d_kernels();
   const int64_t per_word = words_of(dtype);
   return matrices * round_up(cout, k.width) * taps * round_up(channels, per_word) / per_word * 4;
 }
@@ -94,7 +69,7 @@ void conv2d_pack(const TensorView& weight, int64_t matrices, int64_t cout, int64
   check_packed("packed", packed, bytes);
   const int64_t source = cout * taps * channels * element_size(weight.dtype);
   for (int64_t m = 0; m < matrices; ++m)
-    kernels().pack[static_cast<int>(weight.dtype)](weight.data + m * source, cout, taps, channels,
+    conv2d_kernels().pack[static_cast<int>(weight.dtype)](weight.data + m * source, cout, taps, channels,
                                                    packed.data + m * (bytes / matrices));
 }
 

@@ -49,9 +49,10 @@ struct ConvPrepare {
   bool silu;
   char* target;
   int64_t pitch;
+  float inverse_step, zero_point;  // bytes: round(a * inverse_step + zero_point)
 };
 
-// One product of a tile: `taps` shifts of the same words, `steps` words each.
+// One product of a tile: `taps` runs of `steps` words, each at its own shift.
 struct ConvSegment {
   const char* data;       // words of the tile's first position
   int64_t row, col;       // bytes from one output row, or column, to the next

@@ -2,6 +2,7 @@
 #include "common/simd.h"
 #include "common/vector_math.h"
 #include "conv2d/conv2d.h"
+#include "conv2d/prologue.h"
 #include "conv2d/tile.h"
 
 namespace idm {
@@ -65,15 +66,6 @@ inline void put(typename Traits<T>::Word* p, vf v) {
     store(p, rounded<T>(v));
 }
 
-enum class Prologue { kNone, kAffine, kSilu };
-
-template <class T, Prologue kind>
-inline vf prologue(vf x, vf centre, vf gain, vf offset) {
-  if (kind == Prologue::kNone) return x;
-  const vf y = (x - centre) * gain + offset;
-  return kind == Prologue::kSilu ? silu<kIsBf16<T>>(y) : y;
-}
-
 template <class T, Prologue kind>
 void prepare_pixels(const T* x, int64_t count, int64_t channels, const float* coefficients, int64_t all_channels,
                     typename Traits<T>::Word* target, int64_t pitch) {
@@ -85,15 +77,15 @@ void prepare_pixels(const T* x, int64_t count, int64_t channels, const float* co
   const float *centre = coefficients, *gain = centre + all_channels, *offset = gain + all_channels;
   const int64_t whole = channels - channels % kWidth;
   const int lanes = static_cast<int>(channels - whole);
-  auto part = [&](const float* p) { return kind == Prologue::kNone ? vf{} : load_partial(p + whole, lanes); };
-  auto full = [&](const float* p) { return kind == Prologue::kNone ? vf{} : load(p); };
+  const auto full = [&](const float* p, int64_t c) { return kind == Prologue::kNone ? vf{} : load(p + c); };
+  const auto part = [&](const float* p) { return kind == Prologue::kNone ? vf{} : load_partial(p + whole, lanes); };
   const vf last[3] = {lanes ? part(centre) : vf{}, lanes ? part(gain) : vf{}, lanes ? part(offset) : vf{}};
   for (int64_t i = 0; i < count; ++i, x += channels, target += pitch) {
     for (int64_t c = 0; c < whole; c += kWidth)
-      put<T>(target + c, prologue<T, kind>(load(x + c), full(centre + c), full(gain + c), full(offset + c)));
+      put<T>(target + c, prologue<kIsBf16<T>, kind>(load(x + c), full(centre, c), full(gain, c), full(offset, c)));
     if (lanes) {
       Word tail[kWidth];
-      put<T>(tail, prologue<T, kind>(load_partial(x + whole, lanes), last[0], last[1], last[2]));
+      put<T>(tail, prologue<kIsBf16<T>, kind>(load_partial(x + whole, lanes), last[0], last[1], last[2]));
       std::memcpy(target + whole, tail, static_cast<size_t>(lanes) * sizeof(Word));
     }
   }

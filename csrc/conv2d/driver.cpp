@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/cpu_isa.h"
 #include "common/threads.h"
 
 namespace idm {
@@ -75,6 +76,39 @@ ConvGrid check_conv(const char* op, const ConvInputs& in) {
   return g;
 }
 
+const Conv2dKernels& conv2d_kernels() {
+  static constexpr const Conv2dKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kConv2dKernels);
+  return *kTables[static_cast<int>(cpu_isa())];
+}
+
+void conv_base(const char* op, const ConvGrid& g, const TensorView& bias, const TensorView& time_shift,
+               std::vector<float>& base) {
+  const Conv2dKernels& k = conv2d_kernels();
+  const int64_t padded = round_up(g.cout, k.width);
+  base.assign(static_cast<size_t>(g.samples * padded), 0.0f);
+  const auto add_rows = [&](const TensorView& t, const char* name, int ndim) {
+    if (!t) return;
+    const bool ok = t.ndim == ndim && is_float(t) && t.shape[ndim - 1] == g.cout &&
+                    (g.cout == 1 || t.stride[ndim - 1] == 1) && (ndim == 1 || t.shape[0] == g.samples);
+    require(ok, op, std::string(name) + " must be a float tensor of the contract's shape with dense rows");
+    for (int64_t n = 0; n < g.samples; ++n)
+      k.add[static_cast<int>(t.dtype)](t.data + (ndim == 2 ? n * t.stride[0] : 0) * element_size(t.dtype), g.cout,
+                                       base.data() + n * padded);
+  };
+  add_rows(bias, "bias", 1);
+  add_rows(time_shift, "time_shift", 2);
+}
+
+void check_partials(const char* op, const ConvInputs& in, const ConvGrid& g, int64_t per_word) {
+  if (!in.partials) return;
+  const TensorView& t = in.partials;
+  const int64_t block = conv_block_rows(per_word, g.rows, g.cols, g.channels, in.kernel, in.stride);
+  const int64_t pieces = block ? (g.rows + block - 1) / block * g.phases : 0;
+  const bool ok = t.ndim == 4 && t.dtype == DType::kFloat32 && t.shape[0] == g.samples && t.shape[1] == pieces &&
+                  t.shape[2] == 2 && t.shape[3] == g.cout && is_contiguous(t);
+  require(ok, op, "partials must be a contiguous float32 tensor [N, P, 2, Cout]");
+}
+
 int64_t conv_block_rows(int64_t per_word, int64_t rows, int64_t cols, int64_t channels, int64_t kernel,
                         int64_t stride) {
   const int64_t line = (cols * stride + 2) * round_up(channels, per_word) / per_word * 4;
@@ -110,16 +144,14 @@ void run_conv(const ConvInputs& in, const ConvGrid& g, const ConvCode& code, int
   }
   Scratch* const scratch = workspace.scratch.data();
 
-  // Bytes of a tap's shift, per phase. Position (0, 0) of a block lies at row 0, column 0 of the prepared rows, which
-  // begin one row and one column before it where there is a halo.
-  int64_t shifts[4][9];
+  // The taps of one row of the kernel lie side by side in the prepared rows, as their weights do: they are one run of
+  // words, and what is shifted is a row. Position (0, 0) of a block lies at row 0, column 0 of the prepared rows, which
+  // begin one row and one column before it where there is a halo. Phases differ in the row and column they begin at.
+  const int64_t side = in.upsample ? 2 : in.kernel;
+  int64_t shifts[4][3];
   const int64_t zero = 0;
   for (int64_t phase = 0; phase < g.phases; ++phase)
-    for (int64_t tap = 0; tap < g.taps; ++tap) {
-      const int64_t side = in.upsample ? 2 : in.kernel;
-      const int64_t row = tap / side + (in.upsample ? phase / 2 : 0), col = tap % side + (in.upsample ? phase % 2 : 0);
-      shifts[phase][tap] = row * line + col * pitch;
-    }
+    for (int64_t row = 0; row < side; ++row) shifts[phase][row] = (row + phase / 2) * line + phase % 2 * pitch;
 
   const auto sample = [&](const TensorView& t, int64_t n) {
     return t ? t.data + n * t.shape[1] * t.shape[2] * t.shape[3] * element : nullptr;
@@ -133,6 +165,10 @@ void run_conv(const ConvInputs& in, const ConvGrid& g, const ConvCode& code, int
     p.coefficients = in.coefficients ? in.coefficients.as<const float>() + n * 3 * g.channels : nullptr;
     p.silu = in.silu;
     p.target = s.main;
+    if (code.activation) {
+      const float* activation = code.activation + n * code.activation_stride;
+      p.inverse_step = 1.0f / activation[0], p.zero_point = activation[1];
+    }
     code.prepare(p);
     if (!in.shortcut) return;
     ConvPrepare q{};
@@ -159,14 +195,14 @@ void run_conv(const ConvInputs& in, const ConvGrid& g, const ConvCode& code, int
     ConvTile t{};
     t.rows = rows, t.cols = g.cols, t.lanes = std::min(code.strip, g.cout - c);
     t.segments = in.shortcut ? 2 : 1;
-    t.segment[0] = {s.main, in.stride * line, in.stride * pitch, shifts[phase], g.taps, words,
+    t.segment[0] = {s.main, in.stride * line, in.stride * pitch, shifts[phase], side, side * words,
                     code.weight + (phase * padded + c) * g.taps * words * 4};
     if (in.shortcut)
       t.segment[1] = {s.shortcut + a * shortcut_line + d * shortcut_pitch, up * shortcut_line, up * shortcut_pitch,
                       &zero, 1, shortcut_words, code.shortcut_weight + c * shortcut_words * 4};
     t.base = code.base + n * padded + c;
-    t.start = code.start ? code.start + phase * padded + c : nullptr;
-    t.scale = code.scale ? code.scale + phase * padded + c : nullptr;
+    t.start = code.start ? code.start + (n * g.phases + phase) * padded + c : nullptr;
+    t.scale = code.scale ? code.scale + (n * g.phases + phase) * padded + c : nullptr;
     const int64_t at = (((first * up + a) * Wo + d) * g.cout + c) * element;
     t.out = sample(in.out, n) + at;
     t.residual = in.residual ? sample(in.residual, n) + at : nullptr;

@@ -1,6 +1,8 @@
 // How a convolution is cut into tasks, for every kind of word. Shared by conv2d and conv2d_int8.
 #pragma once
 
+#include <vector>
+
 #include "conv2d/conv2d.h"
 
 namespace idm {
@@ -20,8 +22,10 @@ struct ConvCode {
   const char* weight;           // packed: [phase] of strips of [tap][word][output channel][4 bytes]
   const char* shortcut_weight;  // or null
   const float* base;            // [N][Cout, padded to width]
-  const int32_t* start;         // [phase][Cout, padded] or null
-  const float* scale;           // [phase][Cout, padded] or null
+  const int32_t* start;         // [N][phase][Cout, padded] or null
+  const float* scale;           // [N][phase][Cout, padded] or null
+  const float* activation;      // [N] rows of (step, zero point), activation_stride floats apart, or null
+  int64_t activation_stride;
 };
 
 // Checks shapes, types and layouts of everything but weights and vectors. Returns the grid that is cut into blocks.
@@ -30,6 +34,12 @@ struct ConvGrid {
 };
 ConvGrid check_conv(const char* op, const ConvInputs& in);
 
+// bias [Cout] + time_shift [N, Cout], either of them or both absent: [N][Cout, padded to a vector].
+void conv_base(const char* op, const ConvGrid& grid, const TensorView& bias, const TensorView& time_shift,
+               std::vector<float>& base);
+void check_partials(const char* op, const ConvInputs& in, const ConvGrid& grid, int64_t per_word);
+
+const Conv2dKernels& conv2d_kernels();  // of the instruction set in use
 int64_t conv_block_rows(int64_t per_word, int64_t rows, int64_t cols, int64_t channels, int64_t kernel, int64_t stride);
 void run_conv(const ConvInputs& in, const ConvGrid& grid, const ConvCode& code, int threads);
 

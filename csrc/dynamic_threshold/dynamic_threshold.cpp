@@ -27,7 +27,7 @@ float from_bits(uint32_t u) {
   return value;
 }
 
-// Working memory of the calling thread, kept between calls.
+// Working memory, kept between calls.
 struct Workspace {
   std::vector<uint32_t> magnitudes;  // of one sample
   std::vector<uint32_t> candidates;
@@ -67,13 +67,11 @@ void dynamic_threshold(const TensorView& x, const TensorView& model_output, cons
   const float k_x = table.as<const float>()[step * 8], k_out = table.as<const float>()[step * 8 + 1];
   const auto magnitudes = kernels().magnitudes[static_cast<int>(model_output.dtype)];
   const QuantileRank rank = quantile_rank(quantile, elements);
-  threads = std::max(threads, 1);
+  threads = x.numel() <= 2 * kSpan ? 1 : std::max(threads, 1);  // waking a worker takes longer than so few
 
-  thread_local Workspace mine;
-  Workspace& w = mine;  // a worker that names `mine` would get its own
-  w.magnitudes.resize(static_cast<size_t>(elements));
-  for (int64_t n = 0; n < x.shape[0]; ++n) {
-    w.counts.assign(static_cast<size_t>(threads) * (kBins + 1), 0);
+  auto sample = [&](int64_t n, int workers, Workspace& w) {
+    w.magnitudes.resize(static_cast<size_t>(elements));
+    w.counts.assign(static_cast<size_t>(workers) * (kBins + 1), 0);
     auto task = [&](int64_t index, int worker) {
       const int64_t begin = index * kSpan, count = std::min(kSpan, elements - begin), at = n * elements + begin;
       uint32_t* to = w.magnitudes.data() + begin;
@@ -84,14 +82,27 @@ void dynamic_threshold(const TensorView& x, const TensorView& model_output, cons
         counts[kBins] += to[i] > kInfinity;
       }
     };
-    parallel_for(spans, elements <= 2 * kSpan ? 1 : threads, task);
+    if (workers > 1) {
+      parallel_for(spans, workers, task);
+    } else {
+      for (int64_t index = 0; index < spans; ++index) task(index, 0);
+    }
     for (size_t bin = 0; bin <= kBins; ++bin)
-      for (size_t worker = 1; worker < static_cast<size_t>(threads); ++worker)
+      for (size_t worker = 1; worker < static_cast<size_t>(workers); ++worker)
         w.counts[bin] += w.counts[worker * (kBins + 1) + bin];
     const bool nan = w.counts[kBins] > 0;
     const float value = nan ? from_bits(0x7fc00000u) : select(w.magnitudes, elements, w.counts.data(), rank, w.candidates);
     out.as<float>()[n] = value < 1.0f ? 1.0f : value;  // a NaN stays
+  };
+
+  thread_local std::vector<Workspace> kept;
+  std::vector<Workspace>& spaces = kept;  // a worker that names `kept` would get its own
+  if (static_cast<int>(spaces.size()) < threads) spaces.resize(static_cast<size_t>(threads));
+  if (x.shape[0] >= threads) {  // whole samples a worker
+    auto task = [&](int64_t n, int worker) { sample(n, 1, spaces[static_cast<size_t>(worker)]); };
+    return parallel_for(x.shape[0], threads, task);
   }
+  for (int64_t n = 0; n < x.shape[0]; ++n) sample(n, threads, spaces[0]);
 }
 
 }  // namespace idm

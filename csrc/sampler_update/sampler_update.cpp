@@ -12,8 +12,8 @@ namespace idm {
 namespace {
 
 constexpr int64_t kSpan = 8 * 1024;  // elements a task; a multiple of the 64 that a vector turn may take
-// Elements below which one worker alone is faster, without noise (10 us) and with it.
-constexpr int64_t kWorth = 64 * 1024, kWorthNoise = 16 * 1024;
+// Elements below which one worker alone is faster, without noise (4 us) and with it.
+constexpr int64_t kWorth = 32 * 1024, kWorthNoise = 8 * 1024;
 
 const SamplerKernels& kernels() {
   static constexpr const SamplerKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kSamplerKernels);

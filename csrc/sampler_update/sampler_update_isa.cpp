@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kStride = 4 * kWidth;  // elements per turn: kWidth counters of four normals
 
+constexpr int64_t kPrefetch = 512;  // elements ahead
+
 struct None {};
 
 template <class I>
@@ -68,6 +70,12 @@ void update(const SamplerRow& row, const SamplerSpan& span) {
   int64_t e = span.begin;
   for (; e + kStride <= span.end; e += kStride) {
     I* target = span.offsets ? cast : input + e;
+    // The network has driven these out of the caches between two updates: ask for them early.
+    for (int64_t ahead = kPrefetch; ahead < kPrefetch + kStride; ahead += 16) {
+      __builtin_prefetch(span.x + e + ahead, 1);
+      __builtin_prefetch(span.history + e + ahead, 1);
+      if (ahead % (64 / sizeof(M)) == 0) __builtin_prefetch(model_output + e + ahead);
+    }
     turn(row, span, static_cast<uint64_t>(e) / 4, span.x + e, model_output + e, span.history + e, target);
     if (span.offsets) scatter(span, e, cast, kStride);
   }

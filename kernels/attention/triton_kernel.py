@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -33,12 +35,12 @@ class Tiling:
 TILINGS = {
     16: (Tiling(64, 64, 16, 16, 4, 2),),
     32: (Tiling(128, 64, 32, 32, 4, 3), Tiling(64, 64, 32, 32, 4, 3), Tiling(16, 64, 32, 32, 2, 3)),
-    64: (Tiling(128, 64, 64, 64, 4, 3), Tiling(64, 64, 64, 64, 4, 3), Tiling(16, 64, 64, 64, 2, 3)),
+    64: (Tiling(128, 64, 64, 64, 8, 3), Tiling(64, 64, 64, 64, 4, 3), Tiling(16, 64, 64, 64, 2, 3)),
     128: (Tiling(128, 64, 128, 128, 8, 2), Tiling(64, 32, 128, 128, 4, 2), Tiling(16, 64, 128, 64, 2, 2)),
     256: (Tiling(64, 32, 256, 256, 8, 2), Tiling(32, 32, 256, 128, 4, 2), Tiling(16, 64, 256, 64, 4, 2)),
     512: (Tiling(64, 32, 128, 256, 8, 2), Tiling(32, 64, 128, 256, 8, 2), Tiling(16, 64, 128, 128, 4, 2)),
 }
-FLOAT32_TILINGS = (Tiling(32, 32, 32, 64, 4, 1), Tiling(16, 32, 32, 32, 2, 1))  # no matrix units: small tiles
+FLOAT32_TILINGS = (Tiling(32, 32, 64, 64, 8, 1), Tiling(16, 32, 32, 32, 4, 1))  # no matrix units: small tiles
 MAX_WIDTH = max(TILINGS)
 
 
@@ -146,3 +148,21 @@ def attention(
         num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def _variant(dtype: str, width: int, t: Tiling) -> Variant:
+    constants = {
+        "d": width, "QUERIES": t.queries, "KEYS": t.keys, "WIDTH": width, "STEP": t.step, "VALUES": t.values,
+        "NEGATIVE": False, "PRECISION": "ieee", "WIDEN": False,
+    }  # fmt: skip
+    types = f"*{dtype} *{dtype} *{dtype} *{dtype} i32 i32 i32 fp32 " + " ".join(["i32:16"] * 9)
+    options = {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": True}
+    label = f"{dtype}, width {width}, {t.queries} x {t.keys}, step {t.step}, values {t.values}"
+    return Variant(attention_kernel, types, constants, options, f"{label}, {t.warps} warps, {t.stages} stages")
+
+
+AOT = [
+    *(_variant("bf16", width, t) for width, tilings_ in TILINGS.items() for t in tilings_),
+    *(_variant("fp16", width, TILINGS[width][0]) for width in TILINGS),
+    *(_variant("fp32", width, t) for width in (32, 128, 512) for t in tilings(torch.float32, width)),
+]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.channel_stats import ChannelStats, piece_rows, pieces
 
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
@@ -81,3 +82,15 @@ def channel_stats(
         x, out.partials, out.counts, rows, c, piece_rows(rows), ROWS=tile.rows, COLS=tile.cols, num_warps=tile.warps,
         **OPTIONS,
     )  # fmt: skip
+
+
+AOT = [
+    Variant(
+        partial_kernel,
+        f"*{x} *fp32 *fp32 i32 i32:16 i32",
+        {"ROWS": tile.rows, "COLS": tile.cols},
+        {"num_warps": tile.warps, **OPTIONS},
+    )
+    for x in ("bf16", "fp16", "fp32")
+    for tile in TILES
+]

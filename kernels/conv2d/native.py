@@ -44,19 +44,21 @@ def conv2d(
         block = native.conv2d_block_rows(_CODES[x.dtype], grid[0], grid[1], channels, kernel, stride)
         counts = block_counts(grid[0], grid[1], block, 4 if upsample else 1)
         stats = ChannelStats(torch.empty((shape[0], len(counts), 2, shape[1]), dtype=torch.float32), counts)
+    packed = _packed.get(weight)  # held here: a view keeps nothing alive
+    packed_shortcut = None if shortcut_weight is None else _packed.get(shortcut_weight)
     native.conv2d(
         view(x),
         optional_view(skip),
         optional_view(coefficients),
         silu,
-        view(_packed.get(weight)),
+        view(packed),
         kernel,
         stride,
         upsample,
         optional_view(bias),
         optional_view(shortcut),
         optional_view(shortcut_skip),
-        None if shortcut_weight is None else view(_packed.get(shortcut_weight)),
+        optional_view(packed_shortcut),
         optional_view(time_shift),
         optional_view(residual),
         view(out),

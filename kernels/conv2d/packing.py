@@ -28,6 +28,9 @@ class PackedCache:
         self._pack = pack
         self._entries: MutableMapping[Tensor, Entry] = WeakTensorKeyDictionary()
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def get(self, weight: Tensor) -> Tensor:
         if weight.is_inference():
             return self._pack(weight)
@@ -47,12 +50,15 @@ def pack_weight(
 
     Bytes for the instruction set in use and ``weight``'s dtype (see csrc/conv2d); made anew at every call.
     """
-    matrices, cout, channels, taps = 1, weight.shape[0], weight.shape[1], 1
-    if weight.dim() == 5:
-        matrices, cout, channels, taps = weight.shape[0], weight.shape[1], weight.shape[2], 4
-    elif weight.dim() == 4:
-        taps = weight.shape[2] * weight.shape[3]
-    code = _CODES[weight.dtype]
-    packed = torch.empty(native.conv2d_packed_bytes(code, matrices, cout, taps, channels), dtype=torch.int8)
-    native.conv2d_pack(view(weight), matrices, cout, taps, channels, view(packed))
+    code, sizes = _CODES[weight.dtype], extents(weight)
+    packed = torch.empty(native.conv2d_packed_bytes(code, *sizes), dtype=torch.int8)
+    native.conv2d_pack(view(weight), *sizes, view(packed))
     return packed
+
+
+def extents(weight: Tensor) -> tuple[int, int, int, int]:
+    """(matrices, output channels, taps, input channels) of ``pack_weight``'s argument."""
+    if weight.dim() == 5:
+        return weight.shape[0], weight.shape[1], weight.shape[3] * weight.shape[4], weight.shape[2]
+    taps = weight.shape[2] * weight.shape[3] if weight.dim() == 4 else 1
+    return 1, weight.shape[0], taps, weight.shape[1]

@@ -1,7 +1,7 @@
 """Triton implicit GEMM: one program makes a tile of positions of one sample x output channels.
 
 The sum runs over the taps and channels of x, of the skip, and of the shortcut's two tensors, each from its own
-pointer: concatenations exist only in the order of the loops. Offsets into tensors are int64.
+pointer: concatenations exist only in the order of the steps. Offsets into tensors are int64.
 """
 
 from __future__ import annotations
@@ -11,55 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.conv2d.contract import output_shape
-from idm_fast.kernels.conv2d.tiles import Config, Problem, choose
+from idm_fast.kernels.conv2d.tiles import FLOAT, HALF, Config, Problem, choose
 
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
-
-
-@triton.jit
-def add_products(
-    acc, begin, first, last,  # steps of the whole sum: this source's first one, and those that this program takes
-    source, channels, row, column, height, width,  # the sample; where the window of each position begins in it
-    weight, weight_row, tap_stride,  # at this source's first channel and the tile's first row
-    coefficients, table_stride, in_row, in_cols, cols,
-    SIDE: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """acc + sum over SIDE x SIDE taps and ``channels`` channels of one source. Taps run fastest: their rows overlap."""
-    TAPS: tl.constexpr = SIDE * SIDE
-    steps = TAPS * tl.cdiv(channels, BLOCK_K)
-    base = (row.to(tl.int64) * width + column) * channels
-    target = weight + cols.to(tl.int64) * weight_row
-    for step in range(tl.maximum(first - begin, 0), tl.minimum(last - begin, steps)):
-        tap = step % TAPS
-        down, right = tap // SIDE, tap % SIDE
-        channel = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
-        in_channel = channel < channels
-        inside = in_row & (row + down >= 0) & (row + down < height) & (column + right >= 0) & (column + right < width)
-        mask = inside[:, None] & in_channel[None, :]
-        shift = (down.to(tl.int64) * width + right) * channels
-        a = tl.load(source + (base + shift)[:, None] + channel[None, :], mask=mask, other=0.0)
-        if NORM:
-            table = coefficients + channel
-            centre = tl.load(table, mask=in_channel, other=0.0)[None, :]
-            gain = tl.load(table + table_stride, mask=in_channel, other=0.0)[None, :]
-            offset = tl.load(table + 2 * table_stride, mask=in_channel, other=0.0)[None, :]
-            v = (a.to(tl.float32) - centre) * gain + offset
-            v = tl.where(mask, v, 0.0)  # padding is 0 after the prologue; so is silu(0)
-            if SILU:
-                v = v / (1.0 + tl.exp(-v))
-            a = v if WIDEN else v.to(a.dtype)
-        b = tl.load(
-            target[None, :] + (tap * tap_stride + channel)[:, None],
-            mask=in_channel[:, None] & in_cols[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -104,7 +61,11 @@ def placed(position, phase, rows, columns, UPSAMPLE: tl.constexpr):
     return row, column, place
 
 
-@triton.jit
+# A 1 is a constant to Triton unless it is told otherwise, and a constant has no .to().
+PLAIN = ["samples", "height", "width", "rows", "columns", "split_steps", "splits", "time_stride"]
+
+
+@triton.jit(do_not_specialize=PLAIN)
 def conv_kernel(
     x, skip, weight, bias, coefficients, shortcut, shortcut_skip, shortcut_weight, time_shift, residual,
     out, partials, counts, workspace,
@@ -131,43 +92,77 @@ def conv_kernel(
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < cout
 
+    top, left = row * STRIDE - SIDE // 2, column * STRIDE - SIDE // 2
     if UPSAMPLE:  # a phase of parity p starts at i + p - 1
         top, left = row + phase // 2 - 1, column + phase % 2 - 1
         weight += phase.to(tl.int64) * cout * 4 * (c1 + c2)
-    else:
-        top, left = row * STRIDE - SIDE // 2, column * STRIDE - SIDE // 2
-    table = coefficients + n * 3 * (c1 + c2)
-    weight_row = SIDE * SIDE * (c1 + c2)
-    first = split * split_steps
-    last = first + split_steps
+    TAPS: tl.constexpr = SIDE * SIDE
+    all_c = c1 + c2
+    skip_begin = TAPS * tl.cdiv(c1, BLOCK_K)  # steps of the sum: x, skip, shortcut, shortcut_skip
+    shortcut_begin = skip_begin + TAPS * tl.cdiv(c2, BLOCK_K)
+    second_begin = shortcut_begin + tl.cdiv(cs1, BLOCK_K)
+    steps = second_begin + tl.cdiv(cs2, BLOCK_K)
+    pixels = height.to(tl.int64) * width
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = add_products(
-        acc, 0, first, last, x + n * height * width * c1, c1, top, left, height, width,
-        weight, weight_row, c1 + c2, table, c1 + c2, in_row, in_cols, cols,
-        SIDE, NORM, SILU, BLOCK_K, PRECISION, WIDEN,
-    )  # fmt: skip
-    begin = SIDE * SIDE * tl.cdiv(c1, BLOCK_K)
-    if HAS_SKIP:
-        acc = add_products(
-            acc, begin, first, last, skip + n * height * width * c2, c2, top, left, height, width,
-            weight + c1, weight_row, c1 + c2, table + c1, c1 + c2, in_row, in_cols, cols,
-            SIDE, NORM, SILU, BLOCK_K, PRECISION, WIDEN,
-        )  # fmt: skip
-        begin += SIDE * SIDE * tl.cdiv(c2, BLOCK_K)
-    if HAS_SHORTCUT:  # raw values at the places of the result: an image of one row
-        nowhere = tl.zeros((BLOCK_M,), tl.int32)
-        acc = add_products(
-            acc, begin, first, last, shortcut + n * places * cs1, cs1, nowhere, place, 1, places,
-            shortcut_weight, cs1 + cs2, 0, table, 0, in_row, in_cols, cols,
-            1, False, False, BLOCK_K, PRECISION, WIDEN,
-        )  # fmt: skip
-        begin += tl.cdiv(cs1, BLOCK_K)
-        if HAS_SHORTCUT_SKIP:
-            acc = add_products(
-                acc, begin, first, last, shortcut_skip + n * places * cs2, cs2, nowhere, place, 1, places,
-                shortcut_weight + cs1, cs1 + cs2, 0, table, 0, in_row, in_cols, cols,
-                1, False, False, BLOCK_K, PRECISION, WIDEN,
-            )  # fmt: skip
+    # One loop for all sources, which scalars select: four loops would take the compiler four times as long and drain
+    # the copies under way at each end. Taps run fastest, because their rows overlap.
+    for step in range(split * split_steps, tl.minimum((split + 1) * split_steps, steps)):
+        source, channels, before, local = x, c1, 0, step
+        if HAS_SKIP:
+            in_skip = step >= skip_begin
+            source = tl.where(in_skip, skip, source)
+            channels = tl.where(in_skip, c2, channels)
+            before = tl.where(in_skip, c1, before)
+            local = tl.where(in_skip, step - skip_begin, local)
+        tap, chunk = local % TAPS, local // TAPS
+        r, c = top + tap // SIDE, left + tap % SIDE
+        pixel = r.to(tl.int64) * width + c
+        kernel, kernel_row, kernel_at, image = weight, TAPS * all_c, tap * all_c + before, n * pixels
+        if HAS_SHORTCUT:  # raw values at the places of the result
+            flat = step >= shortcut_begin
+            source = tl.where(flat, shortcut, source)
+            channels = tl.where(flat, cs1, channels)
+            chunk = tl.where(flat, step - shortcut_begin, chunk)
+            r, c = tl.where(flat, 0, r), tl.where(flat, 0, c)  # inside whatever the size
+            pixel = tl.where(flat, place, pixel)
+            kernel = tl.where(flat, shortcut_weight, kernel)
+            kernel_row = tl.where(flat, cs1 + cs2, kernel_row)
+            kernel_at = tl.where(flat, 0, kernel_at)
+            image = tl.where(flat, n * places, image)
+            if HAS_SHORTCUT_SKIP:
+                in_second = step >= second_begin
+                source = tl.where(in_second, shortcut_skip, source)
+                channels = tl.where(in_second, cs2, channels)
+                chunk = tl.where(in_second, step - second_begin, chunk)
+                kernel_at = tl.where(in_second, cs1, kernel_at)
+        inside = in_row & (r >= 0) & (r < height) & (c >= 0) & (c < width)
+        channel = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_channel = channel < channels
+        mask = inside[:, None] & in_channel[None, :]
+        a = tl.load(source + ((image + pixel) * channels)[:, None] + channel[None, :], mask=mask, other=0.0)
+        b = tl.load(
+            kernel + (cols.to(tl.int64) * kernel_row)[None, :] + (kernel_at + channel)[:, None],
+            mask=in_channel[:, None] & in_cols[None, :],
+            other=0.0,
+        )
+        if NORM:
+            table = coefficients + n * 3 * all_c + before + channel
+            in_table = in_channel
+            if HAS_SHORTCUT:
+                in_table = channel < tl.where(flat, 0, channels)
+            centre = tl.load(table, mask=in_table, other=0.0)[None, :]
+            gain = tl.load(table + all_c, mask=in_table, other=1.0)[None, :]  # 1: a shortcut's values stay as they are
+            offset = tl.load(table + 2 * all_c, mask=in_table, other=0.0)[None, :]
+            v = tl.where(mask, (a.to(tl.float32) - centre) * gain + offset, 0.0)  # padding is 0 after the prologue
+            if SILU:
+                active = v / (1.0 + tl.exp(-v))  # of 0 it is 0
+                if HAS_SHORTCUT:
+                    active = tl.where(flat, v, active)
+                v = active
+            a = v if WIDEN else v.to(a.dtype)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if SPLIT:
         at = ((split * samples + n) * places + place)[:, None] * cout + cols[None, :]
         tl.store(workspace + at, acc, mask=in_row[:, None] & in_cols[None, :])
@@ -179,7 +174,7 @@ def conv_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def split_kernel(
     workspace, bias, time_shift, residual, out, partials, counts,
     samples, rows, columns, cout, time_stride, splits,
@@ -279,3 +274,35 @@ def conv2d(
             BLOCK_M=config.m, BLOCK_N=narrow, num_warps=4, **flags, **OPTIONS,
         )  # fmt: skip
     return (out, ChannelStats(partials, counts)) if with_stats else out
+
+
+def _variant(dtype: str, form: str, c: Config, split: bool = False) -> Variant:
+    full = form == "all"
+    t = f"*{dtype}"
+    flags = {"UPSAMPLE": form == "phases", "HAS_BIAS": True, "HAS_TIME": full, "HAS_RESIDUAL": full, "STATS": full}
+    constants = {
+        "SIDE": {"all": 3, "1x1": 1, "phases": 2}[form], "STRIDE": 1, "NORM": form != "phases", "SILU": full,
+        "HAS_SKIP": full, "HAS_SHORTCUT": full, "HAS_SHORTCUT_SKIP": full, "SPLIT": split, "BLOCK_M": c.m,
+        "BLOCK_N": c.n, "BLOCK_K": c.k, "PRECISION": "ieee", "WIDEN": False, **flags,
+    }  # fmt: skip
+    types = f"{t} {t} {t} {t} *fp32 {t} {t} {t} *fp32 {t} {t} *fp32 *fp32 *fp32 " + "i32 " * 5 + "i32:16 " * 6 + "i32"
+    label = f"{dtype}, {form}, {c.m} x {c.n} x {c.k}, {c.warps} warps, {c.stages} stages{', split' if split else ''}"
+    return Variant(conv_kernel, types, constants, {"num_warps": c.warps, "num_stages": c.stages, **OPTIONS}, label)
+
+
+def _split_variant(dtype: str, c: Config) -> Variant:
+    flags = dict.fromkeys(("UPSAMPLE", "HAS_BIAS", "HAS_TIME", "HAS_RESIDUAL", "STATS"), True)
+    constants = {"BLOCK_M": c.m, "BLOCK_N": min(c.n, 32), **flags}
+    types = f"*fp32 *{dtype} *fp32 *{dtype} *{dtype} *fp32 *fp32 i32 i32 i32 i32:16 i32:16 i32"
+    label = f"{dtype}, {c.m} x {min(c.n, 32)}"
+    return Variant(split_kernel, types, constants, {"num_warps": 4, **OPTIONS}, label)
+
+
+AOT = [
+    *(_variant("bf16", "all", config) for config in HALF),
+    *(_variant("bf16", form, HALF[0]) for form in ("1x1", "phases")),
+    *(_variant("bf16", "all", config, split=True) for config in (HALF[3], HALF[-1])),
+    _variant("fp16", "all", HALF[0]),
+    *(_variant("fp32", "all", config) for config in FLOAT),
+    *(_split_variant("bf16", config) for config in {(c.m, min(c.n, 32)): c for c in HALF}.values()),
+]

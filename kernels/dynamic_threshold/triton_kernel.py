@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.sampler_update.triton_kernel import row_index
 
 BLOCK = 4096
@@ -42,15 +43,14 @@ def threshold_kernel(
     prefix = tl.zeros((), tl.int32)  # the bits found so far
     left = low.to(tl.int64)  # how many of those that agree lie below
     for digit in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * digit
         counts = tl.zeros((BINS,), tl.int64)
         for start in range(0, elements, BLOCK):
             at = start + lane
             u = magnitudes(x, model_output, at, at < elements, k_x, k_out)
             agree = u >= 0
             if digit > 0:
-                agree = agree & ((u >> (shift + 8)) == prefix)
-            counts += tl.histogram((u >> shift) & 0xFF, BINS, mask=agree).to(tl.int64)
+                agree = agree & ((u >> (32 - 8 * digit)) == prefix)
+            counts += tl.histogram((u >> (24 - 8 * digit)) & 0xFF, BINS, mask=agree).to(tl.int64)
         up_to = tl.cumsum(counts, 0)
         found = tl.sum((up_to <= left).to(tl.int32), 0)  # the first bin whose end lies above
         left -= tl.sum(tl.where(bins < found, counts, 0), 0)
@@ -102,3 +102,14 @@ def dynamic_threshold(
         enable_fp_fusion=True,
     )
     return out
+
+
+AOT = [
+    Variant(
+        threshold_kernel,
+        f"*fp32 *{x} *fp32 *fp32 {step} i32 i32:16 i32 fp32",
+        {"STEP_ON_DEVICE": step == "*i64", "BLOCK": BLOCK},
+        {"num_warps": 16, "enable_fp_fusion": True},
+    )
+    for x, step in (("bf16", "*i64"), ("fp16", "i32"), ("fp32", "i32"))
+]

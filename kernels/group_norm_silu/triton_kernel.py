@@ -13,11 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.channel_stats import MAX_PIECES, ChannelStats, empty_stats
 from idm_fast.kernels.channel_stats.triton_kernel import FILL, OPTIONS, channel_stats
 from idm_fast.kernels.norm_coefficients.triton_kernel import (
+    AOT_GROUPS,
+    AOT_TYPES,
     Groups,
     affine_arguments,
+    aot_constants,
     group_coefficients,
     norm_coefficients,
     pieces_of,
@@ -146,3 +150,22 @@ def _stats(x: Tensor) -> ChannelStats:
     room = empty_stats(x)
     channel_stats(x, room)
     return room
+
+
+def _variant(x: str, t: Tile, groups: Groups, skip: bool, fused: bool = True) -> Variant:
+    rows = max(1, t.values // groups.cols)
+    settings = {"FUSED": fused, "SILU": True, "ROWS": rows, "STEPS": t.steps}
+    label = f"{x}, {rows} x {groups.cols}, {t.steps} steps, {t.warps} warps, {groups.chunk} pieces"
+    return Variant(
+        apply_kernel,
+        f"{AOT_TYPES.replace('*x', f'*{x}')} *fp32 *{x} *{x} *{x} i32:16",
+        {**aot_constants(groups, skip), **settings},
+        {"num_warps": t.warps, **OPTIONS},
+        f"{label}{', one group' if groups.one else ''}{', skip' if skip else ''}{'' if fused else ', from a table'}",
+    )
+
+
+AOT = [
+    *(_variant("bf16", tile, groups, True) for tile in TILES for groups in AOT_GROUPS),
+    *(_variant(x, TILES[1], AOT_GROUPS[0], False, fused) for x in ("bf16", "fp16", "fp32") for fused in (True, False)),
+]

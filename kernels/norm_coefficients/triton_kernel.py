@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.channel_stats import ChannelStats
 
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
@@ -192,3 +193,26 @@ def norm_coefficients(
         num_warps=4,
         **OPTIONS,
     )
+
+
+# The arguments that this kernel and that of group_norm_silu begin with; *x stands for the parameters' type.
+AOT_TYPES = "*fp32 *fp32 i32 i32:16 *fp32 *fp32 i32 i32:16 *x *x *x *x i32:16 i32:16 i32 i32 fp32"
+AOT_GROUPS = (Groups.of(32, 4, 64), Groups.of(1, 512, 64))
+
+
+def aot_constants(groups: Groups, skip: bool) -> dict[str, Any]:
+    given = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_SCALE"), True)
+    return {"HAS_SKIP": skip, **given, "ONE_GROUP": groups.one, "CHUNK": groups.chunk, "COLS": groups.cols}
+
+
+AOT = [
+    Variant(
+        coefficient_kernel,
+        f"{AOT_TYPES.replace('*x', f'*{x}')} *fp32",
+        aot_constants(groups, skip),
+        {"num_warps": 4, **OPTIONS},
+        f"{x}, {groups.cols} channels, {groups.chunk} pieces{', skip' if skip else ''}",
+    )
+    for groups in AOT_GROUPS
+    for x, skip in (("bf16", True), ("fp16", False), ("fp32", False))
+]

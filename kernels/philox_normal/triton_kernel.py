@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
+
 COUNTERS = 256  # Philox counters a program; four elements each
 INTERPRETED_COUNTERS = 2048  # the interpreter's cost is by the program
 
@@ -93,3 +95,6 @@ def philox_normal(
     # said aloud: the default of the fusion changes in Triton 3.10, with a warning before
     normal_kernel[grid](out, seeds, step, elements, COUNTERS=counters, enable_fp_fusion=True)
     return out
+
+
+AOT = [Variant(normal_kernel, "*fp32 *i64 i32 i32:16", {"COUNTERS": COUNTERS}, {"enable_fp_fusion": True})]

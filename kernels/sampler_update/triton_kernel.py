@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.philox_normal.triton_kernel import COUNTERS, INTERPRETED_COUNTERS, normals
 from idm_fast.kernels.sampler_update.contract import position_stride
 
@@ -100,3 +101,20 @@ def sampler_update(
         COUNTERS=counters,
         enable_fp_fusion=True,  # said aloud: the default changes in Triton 3.10, with a warning before
     )
+
+
+AOT = [
+    Variant(
+        update_kernel,
+        f"*fp32 *{x} *fp32 *fp32 *i64 *{x} *fp32 {step} i32 i32:16 i32 i32:16 i32",
+        {
+            "STEP_ON_DEVICE": step == "*i64",
+            "HAS_INPUT": True,
+            "HAS_THRESHOLD": True,
+            "UNSHUFFLE": 2,
+            "COUNTERS": COUNTERS,
+        },
+        {"enable_fp_fusion": True},
+    )
+    for x, step in (("bf16", "*i64"), ("fp16", "i32"), ("fp32", "i32"))
+]

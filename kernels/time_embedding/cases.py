@@ -96,7 +96,8 @@ def exact(inputs: Inputs) -> Outputs:
     i = to_float64(inputs)
     out = torch.empty(len(i["t"]), len(i["weight"]), dtype=torch.float64, device=i["t"].device)
     names = ("t", "weight1", "bias1", "weight2", "bias2", "weight", "bias")
-    reference(*(i[name] for name in names), i["order"] == "cos_sin", i.get("label"), i["embed_silu"], out)
+    arguments = [*(i[name] for name in names), i["order"] == "cos_sin", i.get("label"), i["embed_silu"], out]
+    reference(*arguments)
     return {"table": out}
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.time_embedding.torch_backend import frequencies
 
 ROWS, COLS, DEPTH = 16, 64, 32  # of a tile
@@ -109,3 +110,27 @@ def time_embedding(
     _linear(hidden, weight2, bias2, embedding, silu=True, added=label)
     _linear(embedding, weight, bias, out, silu=embed_silu)
     return out
+
+
+def _variant(x: str, weight: str, out: str, sinusoid: bool) -> Variant:
+    flags = {
+        "SINUSOID": sinusoid,
+        "COS_FIRST": False,
+        "SILU": not sinusoid,
+        "HAS_BIAS": True,
+        "HAS_ADDED": not sinusoid,
+    }
+    return Variant(
+        linear_kernel,
+        f"*{x} *fp32 *{weight} *{weight} *{weight} *{out} i32 i32:16 i32:16 i32:16",
+        {**flags, "ROWS": ROWS, "COLS": COLS, "DEPTH": DEPTH},
+        {"enable_fp_fusion": True},
+        f"{x} x {weight} -> {out}{', sinusoid' if sinusoid else ''}",
+    )
+
+
+AOT = [
+    variant
+    for weight in ("bf16", "fp16", "fp32")
+    for variant in (_variant("fp32", weight, "fp32", True), _variant("fp32", weight, weight, False))
+]

@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idm_fast.kernels.aot import Variant
+
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
 # (positions, codes, channels at a time, warps): narrow codes are multiplied channel by channel, wide ones by tl.dot.
-NARROW = (64, 128, 1, 4)
-WIDE = (32, 64, 32, 4)
+NARROW = (64, 128, 1, 8)
+WIDE = (32, 64, 16, 4)
 NARROW_WIDTH = 16
 
 
@@ -69,3 +71,20 @@ def vq_nearest(z: Tensor, codebook: Tensor, codes: Tensor, quantised: Tensor) ->
         z, codebook, codes, quantised, count, codebook.shape[0], d=d, POSITIONS=positions, CODES=width, STEP=step,
         COPY=min(32, triton.next_power_of_2(d)), num_warps=warps, **OPTIONS,
     )  # fmt: skip
+
+
+def _variant(dtype: str, d: int, shape: tuple[int, int, int, int]) -> Variant:
+    positions, codes, step, warps = shape
+    constants = {"d": d, "POSITIONS": positions, "CODES": codes, "STEP": step, "COPY": min(32, d)}
+    return Variant(
+        vq_nearest_kernel,
+        f"*{dtype} *fp32 *i64 *{dtype} i32:16 i32:16",
+        constants,
+        {"num_warps": warps, **OPTIONS},
+    )
+
+
+AOT = [
+    *(_variant(dtype, 4, NARROW) for dtype in ("bf16", "fp32")),
+    *(_variant(dtype, 64, WIDE) for dtype in ("bf16", "fp32")),
+]

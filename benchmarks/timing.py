@@ -1,0 +1,71 @@
+"""Fair times: candidates take turns call by call, so that what disturbs the machine disturbs all of them.
+
+On a CUDA device each call is timed by a pair of events behind a short sleep of the device: by the time it wakes, the
+launches are queued, and the time is the device's alone. On a CPU it is wall clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+WARM_UP = 2
+LEAST, MOST = 5, 2000  # timed calls of a candidate, whatever the budget
+SLEEP_CYCLES = 200_000  # about 0.1 ms: longer than the host takes to queue an operation's launches
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``call(turn)`` is timed; ``setting`` is entered before and left after it, outside of the time."""
+
+    call: Callable[[int], Any]
+    setting: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds a call."""
+
+    median: float
+    p20: float
+    p80: float
+    calls: int
+
+    @staticmethod
+    def of(seconds: list[float]) -> Spread:
+        tenths = statistics.quantiles(seconds, n=10)
+        return Spread(tenths[4], tenths[1], tenths[7], len(seconds))
+
+
+def interleaved(candidates: dict[str, Candidate], device: str, seconds: float) -> dict[str, Spread]:
+    """Each candidate in turn until ``seconds`` of all are spent; at least ``LEAST`` calls each after the warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    begin, turn = time.perf_counter(), 0
+    while turn < WARM_UP + LEAST or (time.perf_counter() - begin < seconds and turn < WARM_UP + MOST):
+        for name, candidate in candidates.items():
+            with candidate.setting():
+                taken = _timed(candidate.call, turn, device)
+            if turn >= WARM_UP:
+                times[name].append(taken)
+        turn += 1
+    return {name: Spread.of(values) for name, values in times.items()}
+
+
+def _timed(call: Callable[[int], Any], turn: int, device: str) -> float:
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        call(turn)
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+    before.record()
+    call(turn)
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3

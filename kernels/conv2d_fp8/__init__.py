@@ -1,0 +1,86 @@
+"""conv2d on 8-bit floats (e4m3) for sm_89 and later: lossy, asked for by name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from idm_fast.kernels import check
+from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d_fp8.quantise import NAME
+from idm_fast.kernels.conv2d_fp8.quantise import activation_scale as activation_scale
+from idm_fast.kernels.conv2d_fp8.quantise import quantise_weight as quantise_weight
+from idm_fast.kernels.conv2d_int8.contract import Arguments, check_arguments
+from idm_fast.kernels.dispatch import ANY_FLOAT, Backend, Op
+
+
+# fmt: off
+@overload
+def conv2d_fp8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None = None, *,
+    stride: int = 1, upsample: bool = False, skip: Tensor | None = None, coefficients: Tensor | None = None,
+    silu: bool = False, time_shift: Tensor | None = None, residual: Tensor | None = None,
+    with_stats: Literal[False] = False, out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def conv2d_fp8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None = None, *,
+    stride: int = 1, upsample: bool = False, skip: Tensor | None = None, coefficients: Tensor | None = None,
+    silu: bool = False, time_shift: Tensor | None = None, residual: Tensor | None = None,
+    with_stats: Literal[True], out: Tensor | None = None,
+) -> tuple[Tensor, ChannelStats]: ...
+# fmt: on
+def conv2d_fp8(
+    x: Tensor,  # [N, C1, H, W] channels_last, a float type
+    weight: Tensor,  # e4m3 [Cout, C, k, k] channels_last; with upsample quantised phase weights [4, Cout, C, 2, 2]
+    weight_scale: Tensor,  # float32 [Cout], with upsample [4, Cout]
+    activation: Tensor,  # float32 [1, 1] or [N, 1]
+    bias: Tensor | None = None,  # [Cout]
+    *,
+    stride: int = 1,
+    upsample: bool = False,
+    skip: Tensor | None = None,  # [N, C2, H, W]: C = C1 + C2
+    coefficients: Tensor | None = None,  # [N, 3, C] float32
+    silu: bool = False,
+    time_shift: Tensor | None = None,  # [N, Cout], dense rows
+    residual: Tensor | None = None,  # [N, Cout, Ho, Wo]
+    with_stats: bool = False,
+    out: Tensor | None = None,  # [N, Cout, Ho, Wo]
+) -> Tensor | tuple[Tensor, ChannelStats]:
+    """a = silu((cat(x, skip) - centre) * gain + offset); q = e4m3(clamp(a / activation, -448, 448));
+    y = activation * weight_scale * conv(q, weight) + bias + time_shift + residual.
+
+    ``conv2d`` with e4m3 products and float32 sums; all else is as there. ``weight`` and ``weight_scale`` come from
+    ``quantise_weight``, ``activation`` from ``activation_scale``. ``a`` is not rounded to x's dtype; where a /
+    activation lies within 1/20 of a spacing of the middle between two e4m3 numbers, either may be taken. A 1x1
+    shortcut is a ``conv2d`` of its own, as ``residual``.
+
+    Raises ``ContractError`` for arguments outside the contract and ``BackendError`` where no backend can run.
+    Source: Micikevicius et al., "FP8 formats for deep learning" (arXiv 2209.05433).
+    """
+    arguments: Arguments = (
+        x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu, time_shift, residual,
+        with_stats, out,
+    )  # fmt: skip
+    shape = check_arguments(NAME, torch.float8_e4m3fn, 1, arguments)
+    if activation.device.type == "cpu":
+        for (step,) in activation.tolist():
+            if not 1e-37 < step < 1e37:
+                check.fail(NAME, "activation", "a finite factor", "above 0", step)
+    if x.shape[0] == 0:
+        check.fail(NAME, "x", "of at least one sample", "N >= 1", list(x.shape))
+    computed: Any = OP.run(x.device, x.dtype, *arguments)
+    assert (computed[0] if with_stats else computed).shape == shape
+    return computed  # type: ignore[no-any-return]
+
+
+OP = Op(
+    NAME,
+    "conv2d with e4m3 products",
+    [
+        Backend("torch", f"{__name__}.torch_backend:conv2d_fp8", frozenset({"cpu", "cuda"}), ANY_FLOAT),
+        Backend("reference", f"{__name__}.reference:conv2d_fp8", frozenset({"cpu", "cuda"}), ANY_FLOAT),
+    ],
+)

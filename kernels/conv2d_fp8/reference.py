@@ -1,0 +1,42 @@
+"""The judge: quantised as the contract says, then the convolution of what the e4m3 stand for, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.reference import conv2d as convolution
+from idm_fast.kernels.conv2d_fp8.quantise import to_e4m3
+from idm_fast.kernels.conv2d_int8.reference import prologue, whole_stats
+
+
+def conv2d_fp8(
+    x: Tensor,  # [N, C1, H, W]
+    weight: Tensor,  # e4m3 [Cout, C, k, k] or [4, Cout, C, 2, 2]
+    weight_scale: Tensor,
+    activation: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    upsample: bool,
+    skip: Tensor | None,
+    coefficients: Tensor | None,
+    silu: bool,
+    time_shift: Tensor | None,
+    residual: Tensor | None,
+    with_stats: bool,
+    out: Tensor | None,
+) -> Tensor | tuple[Tensor, ChannelStats]:
+    a = prologue(x, skip, coefficients, silu)
+    step = activation.to(a.dtype)[:, :, None, None]
+    steps = to_e4m3(a / step).double()
+    wide = weight.double() * weight_scale.double()[..., None, None, None]
+    raw = (None, None, None)
+    y = convolution(
+        steps * step.double(), wide, bias, stride, upsample, None, None, False, *raw, time_shift, residual, False, None
+    )
+    assert isinstance(y, Tensor)
+    if out is None:
+        out = torch.empty(y.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out.copy_(y)
+    return (out, whole_stats(out)) if with_stats else out

@@ -1,0 +1,104 @@
+"""The benchmark of the operations: what it refuses to time, and what it says of what it times."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+MODULES = ("timing", "roofline", "checked", "ops")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in MODULES}
+    finally:
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def quick(bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """Without the big copy and the big product."""
+    ceilings = bench["roofline"].Ceilings(1e10, {torch.float32: 1e11})
+    monkeypatch.setattr(bench["ops"], "measure", lambda device, dtypes: ceilings)
+    return bench
+
+
+ARGUMENTS = ["--op", "sampler_update", "--case", "latent", "--dtypes", "float32", "--seconds", "0.01"]
+
+
+def run(bench: dict[str, ModuleType], tmp_path: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    target = tmp_path / "ops.json"
+    status: int = bench["ops"].main([*ARGUMENTS, "--device", "cpu", "--json", str(target), *more])
+    return status, json.loads(target.read_text())
+
+
+def test_rows(quick: dict[str, ModuleType], tmp_path: Path) -> None:
+    status, report = run(quick, tmp_path)
+    assert status == 0
+    rows = {row["backend"]: row for row in report["rows"]}
+    assert {"torch", "eager"} <= set(rows)
+    assert "reference" not in rows
+    for row in rows.values():
+        assert row["calls"] >= 5
+        assert row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["of_roof"] == pytest.approx(row["roof_us"] / row["median_us"])
+        assert row["bound"] == "memory"
+    assert rows["eager"]["times_eager"] == 1
+    assert report["ceilings"] == {"copy_gb_per_s": 10, "product_tflop_per_s": {"float32": 0.1}}
+    assert {"device", "commit", "versions", "load_average"} <= set(report["machine"])
+
+
+def test_what_is_wrong_is_not_timed(
+    quick: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quick["checked"], "verdict", lambda *_: "error 1, allowed 0")
+    status, report = run(quick, tmp_path)
+    assert status == 1
+    assert [row["backend"] for row in report["rows"]] == ["eager"]
+    expected = {"what": "sampler_update multistep_latent float32", "backend": "torch", "wrong": "error 1, allowed 0"}
+    assert expected in report["wrong"]
+    assert "wrong, so it is not timed" in capsys.readouterr().err
+
+
+def test_out_of_time(quick: dict[str, ModuleType], tmp_path: Path) -> None:
+    status, report = run(quick, tmp_path, "--total-seconds", "0")
+    assert (status, report["rows"]) == (0, [])
+    assert report["not_timed"] == ["sampler_update multistep_latent float32"]
+
+
+def test_results_that_are_tuples(bench: dict[str, ModuleType]) -> None:
+    """Operations that return several tensors, or take structures of them, are judged and timed like any other."""
+    cases = {(name, case.name): case for name, case in bench["checked"].layers(["channel_stats", "dynamic_threshold"])}
+    name, case = min(cases, key=lambda key: cases[key].bytes_moved(torch.float32))
+    found = bench["checked"].timeable(name, cases[name, case], torch.float32, "cpu", ["torch"], warm=True)
+    assert set(found.candidates) == {"torch", "eager"}
+    spreads = bench["timing"].interleaved(found.candidates, "cpu", 0.0)
+    assert spreads["torch"].calls == bench["timing"].LEAST
+
+
+def test_roof(bench: dict[str, ModuleType]) -> None:
+    ceilings = bench["roofline"].Ceilings(1e9, {torch.float32: 1e12})
+    assert ceilings.seconds(0, 1000, torch.float32) == (1e-6, "memory")
+    assert ceilings.seconds(10**9, 1000, torch.float32) == (1e-3, "compute")
+
+
+def test_through_pytest_benchmark() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-q", str(FOLDER), "--benchmark-only", "-k", "multistep_latent-torch"]
+    options = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "--benchmark-warmup=off"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, cwd=FOLDER.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
