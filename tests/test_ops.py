@@ -5,6 +5,7 @@ The rule: max|out - ref64| <= 2 * max|torch in the same dtype - ref64| + eps. Ou
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -119,6 +120,33 @@ def test_threads_do_not_change_bits(native: Any, name: str) -> None:
                 assert all(torch.equal(other[key], value) for key, value in results[0].items()), case.name
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", NATIVE_OPS)
+def test_two_threads_at_once_get_the_same_bits(native: Any, name: str) -> None:
+    """As two restorers in two threads would; native code runs without Python's lock."""
+    cases = [case for case in suite(name).tested if case.bytes_moved(torch.float32) < 2**20]
+    jobs = [(case, dtype) for case in cases for dtype in suite(name).dtypes]
+
+    def work(offset: int) -> dict[int, Outputs]:
+        found = {}
+        for turn in range(len(jobs)):  # each thread begins elsewhere, so that different shapes meet
+            index = (turn + offset) % len(jobs)
+            case, dtype = jobs[index]
+            try:
+                with use_backend("cpu"):
+                    found[index] = suite(name).call(case.inputs(dtype))
+            except BackendError:
+                continue  # refused by its limits
+        return found
+
+    alone = work(0)
+    with ThreadPoolExecutor(2) as pool:
+        for together in pool.map(work, (0, len(jobs) // 2)):
+            assert together.keys() == alone.keys()
+            for index, expected in alone.items():
+                for key, value in expected.items():
+                    assert torch.equal(together[index][key], value), f"{jobs[index][0].name}: {key}"
 
 
 def test_silu_of_extreme_values(native: Any) -> None:
