@@ -233,8 +233,8 @@ def conv2d(
     c = [0 if t is None else t.shape[1] for t in (x, skip, shortcut, shortcut_skip)]
     if config is None:
         k = side * side * (c[0] + c[1]) + c[2] + c[3]
-        norm = coefficients is not None
-        config = choose(Problem(n, phases, rows * columns, cout, k, x.element_size(), norm), x.device)
+        norm, aligned = coefficients is not None, not any(count % 16 for count in c)
+        config = choose(Problem(n, phases, rows * columns, cout, k, x.element_size(), norm, aligned), x.device)
     chunks = [triton.cdiv(count, config.k) for count in c]
     steps = side * side * (chunks[0] + chunks[1]) + chunks[2] + chunks[3]
     split_steps = triton.cdiv(steps, config.splits)
