@@ -3,17 +3,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/checks.h"
+#include "channel_stats/contract.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
 
 namespace idm {
-namespace {
-
-constexpr const char* kOp = "channel_stats";
-
-}  // namespace
-
 const ChannelStatsKernels& channel_stats_kernels() {
   static constexpr const ChannelStatsKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kChannelStatsKernels);
   return *kTables[static_cast<int>(cpu_isa())];
@@ -21,16 +15,8 @@ const ChannelStatsKernels& channel_stats_kernels() {
 
 void channel_stats(const TensorView& x, const TensorView& partials, const TensorView& counts, int64_t piece_rows,
                    int threads) {
-  require(x.ndim == 4 && is_float(x) && is_nhwc(x), kOp, "x must be a float tensor in NHWC order");
-  require(x.numel() > 0 && piece_rows > 0, kOp, "x must have elements and a piece rows");
-  const int64_t N = x.shape[0], C = x.shape[1], rows = x.shape[2] * x.shape[3];
-  const int64_t pieces = (rows + piece_rows - 1) / piece_rows;
-  require(partials.ndim == 4 && partials.dtype == DType::kFloat32 && is_contiguous(partials) &&
-              partials.shape[0] == N && partials.shape[1] == pieces && partials.shape[2] == 2 && partials.shape[3] == C,
-          kOp, "partials must be contiguous float32 [N, P, 2, C]");
-  require(counts.ndim == 1 && counts.dtype == DType::kFloat32 && is_contiguous(counts) && counts.shape[0] == pieces,
-          kOp, "counts must be contiguous float32 [P]");
-
+  check_channel_stats(x, partials, counts, piece_rows);
+  const int64_t N = x.shape[0], C = x.shape[1], rows = x.shape[2] * x.shape[3], pieces = counts.shape[0];
   auto rows_of = [&](int64_t p) { return std::min(piece_rows, rows - p * piece_rows); };
   for (int64_t p = 0; p < pieces; ++p) counts.as<float>()[p] = static_cast<float>(rows_of(p));
 

@@ -16,6 +16,9 @@ namespace idm {
 void channel_stats(const TensorView& x, const TensorView& partials, const TensorView& counts, int64_t piece_rows,
                    int threads);
 
+void channel_stats_cuda(const TensorView& x, const TensorView& partials, const TensorView& counts, int64_t piece_rows,
+                        uint64_t stream);
+
 struct ChannelStatsKernels {
   // Mean and M2 [C] of `rows` rows of `channels` at x.
   void (*block[kFloatTypes])(const char* x, int64_t rows, int64_t channels, double* mean, double* m2);

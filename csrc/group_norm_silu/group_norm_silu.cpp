@@ -4,15 +4,14 @@
 #include <vector>
 
 #include "channel_stats/channel_stats.h"
-#include "common/checks.h"
 #include "common/cpu_isa.h"
 #include "common/threads.h"
+#include "group_norm_silu/contract.h"
 #include "norm_coefficients/norm_coefficients.h"
 
 namespace idm {
 namespace {
 
-constexpr const char* kOp = "group_norm_silu";
 constexpr int64_t kBlockBytes = 32 * 1024;
 constexpr int64_t kMaxBlocks = 32;
 
@@ -109,24 +108,10 @@ void group_norm_silu(const TensorView& x, const TensorView& out, const TensorVie
                      const TensorView& scale, const TensorView& shift, const TensorView& skip,
                      const TensorView& partials, const TensorView& counts, const TensorView& skip_partials,
                      const TensorView& skip_counts, int64_t groups, double eps, bool silu, int threads) {
-  require(x.ndim == 4 && is_float(x) && is_nhwc(x), kOp, "x must be a float tensor in NHWC order");
-  TensorView all = x;
-  if (skip) {
-    require(skip.ndim == 4 && skip.dtype == x.dtype && is_nhwc(skip), kOp, "skip must be of x's dtype and order");
-    all.shape[1] += skip.shape[1];
-    TensorView as_x = skip;
-    as_x.shape[1] = x.shape[1];
-    require(same_shape(as_x, x), kOp, "skip must be of x's shape but for its channels");
-    require(out.data != x.data && out.data != skip.data, kOp, "out must be apart from x and skip");
-  }
-  require(same_shape(all, out) && out.dtype == x.dtype && is_nhwc(out), kOp, "out must be as x (and skip)");
-  if (all.numel() == 0) return;
-  const int64_t N = x.shape[0], C = all.shape[1], element = element_size(x.dtype);
   const AffineParams affine{weight, bias, scale, shift};
-  check_affine(kOp, affine, groups, N, C);
-  if (partials) check_stats(kOp, "stats", partials, counts, N, x.shape[1]);
-  require(skip || !skip_partials, kOp, "skip_stats must come with skip");
-  if (skip_partials) check_stats(kOp, "skip_stats", skip_partials, skip_counts, N, skip.shape[1]);
+  check_group_norm_silu(x, out, affine, skip, partials, counts, skip_partials, skip_counts, groups);
+  if (out.numel() == 0) return;
+  const int64_t N = x.shape[0], C = out.shape[1], element = element_size(x.dtype);
 
   Work work{{{x.data, x.shape[1], 0, partials, counts}}, Cut(x.shape[2] * x.shape[3], C * element), affine, out.data, C,
             groups, element, x.dtype, eps, silu};

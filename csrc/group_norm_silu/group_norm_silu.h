@@ -20,6 +20,14 @@ void group_norm_silu(const TensorView& x, const TensorView& out, const TensorVie
                      const TensorView& partials, const TensorView& counts, const TensorView& skip_partials,
                      const TensorView& skip_counts, int64_t groups, double eps, bool silu, int threads);
 
+// table: float32 [N, 3, C] of norm_coefficients, or null: made from the statistics, or where none is given and the image
+// is small (group_norm_silu_cuda_alone) from x itself. Both or none of x and skip have statistics.
+void group_norm_silu_cuda(const TensorView& x, const TensorView& out, const TensorView& weight, const TensorView& bias,
+                          const TensorView& scale, const TensorView& shift, const TensorView& skip,
+                          const TensorView& partials, const TensorView& counts, const TensorView& skip_partials,
+                          const TensorView& skip_counts, const TensorView& table, int64_t groups, double eps, bool silu,
+                          uint64_t stream);
+
 struct GroupNormKernels {
   // Turns rows (centre, gain, offset), row_stride apart, into the form that apply takes.
   void (*arrange[kFloatTypes])(float* table, int64_t channels, int64_t row_stride, bool silu);

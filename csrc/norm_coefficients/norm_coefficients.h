@@ -17,16 +17,14 @@ void norm_coefficients(const TensorView& partials, const TensorView& counts, con
                        const TensorView& scale, const TensorView& shift, int64_t groups, double eps,
                        const TensorView& out, int threads);
 
+void norm_coefficients_cuda(const TensorView& partials, const TensorView& counts, const TensorView& skip_partials,
+                            const TensorView& skip_counts, const TensorView& weight, const TensorView& bias,
+                            const TensorView& scale, const TensorView& shift, int64_t groups, double eps,
+                            const TensorView& out, uint64_t stream);
+
 struct AffineParams {
   TensorView weight, bias, scale, shift;
 };
-
-// weight and bias of [C], scale and shift of [N, C], for the operation that names itself.
-void check_affine(const char* op, const AffineParams& affine, int64_t groups, int64_t N, int64_t C);
-
-// Refuses what is not statistics of [N, C, H, W].
-void check_stats(const char* op, const char* name, const TensorView& partials, const TensorView& counts, int64_t N,
-                 int64_t C);
 
 // Pieces [P][2][C] of one sample merged into mean and M2 [C] by two passes; `counts` are the positions of each piece.
 // Returns their sum.

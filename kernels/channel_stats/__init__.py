@@ -130,6 +130,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cuda", f"{__name__}.cuda:channel_stats", frozenset({"cuda"}), FLOATS, min_capability=(8, 0)),
         Backend("cpu", f"{__name__}.native:channel_stats", frozenset({"cpu"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:channel_stats", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:channel_stats", frozenset({"cpu", "cuda"}), ANY_FLOAT),

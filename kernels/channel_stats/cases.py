@@ -89,7 +89,7 @@ def outputs(x: Tensor, stats: ChannelStats) -> Outputs:
     mean, m2 = combine(stats)
     count = stats.counts.double().sum()
     largest = x.double().abs().max().reshape(1)
-    deviation = (x.double() - mean[:, :, None, None]).square().max().reshape(1)
+    deviation = (x.double() - x.double().mean((2, 3), keepdim=True)).square().max().reshape(1)
     values = {
         "mean": torch.cat([mean.flatten(), largest]),
         "variance": torch.cat([(m2 / count).flatten(), deviation]),

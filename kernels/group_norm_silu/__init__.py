@@ -95,6 +95,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cuda", f"{__name__}.cuda:group_norm_silu", frozenset({"cuda"}), FLOATS, min_capability=(8, 0)),
         Backend("cpu", f"{__name__}.native:group_norm_silu", frozenset({"cpu"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:group_norm_silu", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:group_norm_silu", frozenset({"cpu", "cuda"}), ANY_FLOAT),

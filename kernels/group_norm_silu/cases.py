@@ -34,6 +34,7 @@ def case(
     *,
     skip: int = 0,  # channels of a second tensor
     stats: str = "",  # of which tensors statistics are given: "x", "skip", "x skip"
+    sizes: tuple[int, ...] = (40, 23),  # of the pieces of x's
     affine: bool = True,
     time: bool = False,
     silu: bool = True,
@@ -50,7 +51,7 @@ def case(
         if skip:
             inputs["skip"] = image((n, skip, h, w), lambda noise: fill(noise) * 0.7, dtype, generator)
         if "x" in stats.split():
-            inputs["stats"] = stats_of(x, [40, 23])
+            inputs["stats"] = stats_of(x, list(sizes))
         if "skip" in stats.split():
             inputs["skip_stats"] = stats_of(inputs["skip"], [64])
         if affine:
@@ -134,6 +135,7 @@ AWKWARD = [
     case("given_both", "statistics of both tensors given, in unlike pieces", (2, 30, 8, 9), 5, skip=15, stats="x skip"),
     case("given_skip", "statistics of the skip tensor given", (1, 10, 13, 10), 3, skip=8, stats="skip"),
     case("given_x", "statistics of the other given", (1, 10, 13, 10), 3, skip=8, stats="x"),
+    case("given_many", "more pieces than a block merges by itself", (1, 12, 12, 14), 4, skip=8, stats="x", sizes=(1,)),
     foreign_stats(),
     case("far_mean", "mean 1000 sigma: E[x^2] - E[x]^2 would fail", (1, 64, 16, 16), 4, far_mean),
     case("constant_channels", "constant channels of different values", (1, 32, 8, 8), 4, constant_channels),

@@ -122,6 +122,7 @@ OP = Op(
             min_capability=(8, 0),
             condition=triton_condition,
         ),
+        Backend("cuda", f"{__name__}.cuda:norm_coefficients", frozenset({"cuda"}), FLOATS, min_capability=(8, 0)),
         Backend("cpu", f"{__name__}.native:norm_coefficients", frozenset({"cpu"}), FLOATS),
         Backend(
             "torch",
