@@ -207,7 +207,7 @@ def test_groups_are_bounded_by_what_the_output_will_take(
         (["restore", "gone.png", "-o", "out", "--model", "TINY", "--steps", "0"], "steps must be"),
         (["restore", "gone.png", "-o", "out", "--model", "TINY", "--eta", "2"], "eta must be"),
         (["restore", "gone.png", "-o", "out", "--model", "TINY", "--blend", "nan"], "blend must"),
-        (["restore", "gone.png", "-o", "out", "--model", "TINY", "--backend", "cpu"], "cpu,torch"),
+        (["restore", "gone.png", "-o", "out", "--model", "TINY", "--backend", "cuda"], "cuda,torch"),
         (["restore", "gone.png", "-o", "out", "--model", "TINY", "--backend", "abacus"], "abacus"),
         (["info", "nothing.safetensors"], "nothing.safetensors"),
         (["info", "nothing"], "nothing"),
