@@ -182,3 +182,13 @@ def test_float64_is_for_the_judge() -> None:
     for name in set(OP.backends) - {"torch", "reference"}:
         with use_backend(name), pytest.raises(BackendError, match=r"not (float64|on cpu)"):
             conv2d(x, weight)
+
+
+def test_more_positions_than_32_bits_are_left_to_torch() -> None:
+    x = torch.empty(1, 4, 2**16, 2**15, device="meta").to(memory_format=torch.channels_last)
+    for name in ("triton", "cuda"):
+        limits = OP.backends[name].limits
+        assert limits is not None
+        assert limits(x, image(4, 4, 3, 3), None, 1, False) == "takes up to 2147483647 positions a sample"
+        assert limits(x[..., :-1], image(4, 4, 3, 3), None, 1, False) is None
+        assert limits(x[..., :-1], phase_weights(image(4, 4, 3, 3)), None, 1, True) is not None

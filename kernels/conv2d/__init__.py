@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import NAME, Arguments, check_arguments
+from idm_fast.kernels.conv2d.contract import NAME, Arguments, check_arguments, output_shape
 from idm_fast.kernels.conv2d.phases import phase_weights as phase_weights
 from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
 from idm_fast.kernels.interpreter import triton_condition
@@ -83,6 +83,15 @@ def empty_nhwc(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def _gpu_limits(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, upsample: bool, *_: Any) -> str | None:
+    """Positions are counted in 32 bits inside a sample; offsets of elements, and of samples, in 64."""
+    shape = output_shape(x, weight, stride, upsample)
+    most = 2**31 - 1
+    return (
+        None if max(shape[2] * shape[3], x.shape[2] * x.shape[3]) <= most else f"takes up to {most} positions a sample"
+    )
+
+
 HALVES = frozenset({torch.float16, torch.bfloat16})  # what tensor cores multiply without losing digits
 
 OP = Op(
@@ -95,9 +104,10 @@ OP = Op(
             frozenset({"cuda", "cpu"}),
             FLOATS,
             min_capability=(8, 0),
+            limits=_gpu_limits,
             condition=triton_condition,
         ),
-        Backend("cuda", f"{__name__}.cuda:conv2d", frozenset({"cuda"}), HALVES, min_capability=(8, 0)),
+        Backend("cuda", f"{__name__}.cuda:conv2d", frozenset({"cuda"}), HALVES, (8, 0), _gpu_limits),
         Backend("cpu", f"{__name__}.native:conv2d", frozenset({"cpu"}), FLOATS),
         Backend("torch", f"{__name__}.torch_backend:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:conv2d", frozenset({"cpu", "cuda"}), ANY_FLOAT),

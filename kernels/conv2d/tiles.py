@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     k: int
     item: int  # bytes of an element
     norm: bool  # with a prologue
+    aligned: bool = True  # all channels are multiples of 16: loads are 16 bytes wide
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ HALF = (
     Config(32, 64, 64, 4, 4),
 )
 FLOAT = (Config(64, 64, 16, 4, 2), Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(64, 16, 16, 4, 2))
+# Loads of single values need a pointer each: few at a time.
+UNALIGNED = (Config(64, 64, 16, 4, 2), Config(64, 16, 16, 4, 2))
 
 # Filled by whoever has measured; looked up before the rule of thumb.
 TUNED: dict[Problem, Config] = {}
@@ -68,7 +71,7 @@ def candidates(problem: Problem, device: torch.device) -> list[Config]:
     """What is worth timing for a problem, the rule's choice first."""
     units = _multiprocessors(device)
     found = [_rule(problem, units)]
-    for config in HALF if problem.item == 2 else FLOAT:
+    for config in _configs(problem):
         if config.n < 2 * problem.cout:
             splits = {1, _splits(config, problem, units), _splits(config, problem, 2 * units)}
             found += [replace(config, splits=count) for count in sorted(splits)]
@@ -77,12 +80,18 @@ def candidates(problem: Problem, device: torch.device) -> list[Config]:
 
 @cache
 def _rule(problem: Problem, units: int) -> Config:
-    fitting = [c for c in (HALF if problem.item == 2 else FLOAT) if c.n < 2 * problem.cout or c.n == 16]
+    fitting = [c for c in _configs(problem) if c.n < 2 * problem.cout or c.n == 16]
     for config in fitting:
         if _programs(config, problem) >= units:
             return config
     smallest = min(fitting, key=lambda c: (-min(_programs(c, problem), units), -c.m * c.n))
     return replace(smallest, splits=_splits(smallest, problem, 2 * units))
+
+
+def _configs(problem: Problem) -> tuple[Config, ...]:
+    if problem.item != 2:
+        return FLOAT
+    return HALF if problem.aligned else UNALIGNED
 
 
 def _programs(config: Config, problem: Problem) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.conv2d.contract import output_shape
-from idm_fast.kernels.conv2d.tiles import FLOAT, HALF, Config, Problem, choose
+from idm_fast.kernels.conv2d.tiles import FLOAT, HALF, UNALIGNED, Config, Problem, choose
 
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
 
@@ -233,8 +233,8 @@ def conv2d(
     c = [0 if t is None else t.shape[1] for t in (x, skip, shortcut, shortcut_skip)]
     if config is None:
         k = side * side * (c[0] + c[1]) + c[2] + c[3]
-        norm = coefficients is not None
-        config = choose(Problem(n, phases, rows * columns, cout, k, x.element_size(), norm), x.device)
+        norm, aligned = coefficients is not None, not any(count % 16 for count in c)
+        config = choose(Problem(n, phases, rows * columns, cout, k, x.element_size(), norm, aligned), x.device)
     chunks = [triton.cdiv(count, config.k) for count in c]
     steps = side * side * (chunks[0] + chunks[1]) + chunks[2] + chunks[3]
     split_steps = triton.cdiv(steps, config.splits)
@@ -276,7 +276,7 @@ def conv2d(
     return (out, ChannelStats(partials, counts)) if with_stats else out
 
 
-def _variant(dtype: str, form: str, c: Config, split: bool = False) -> Variant:
+def _variant(dtype: str, form: str, c: Config, split: bool = False, channels: str = "i32:16") -> Variant:
     full = form == "all"
     t = f"*{dtype}"
     flags = {"UPSAMPLE": form == "phases", "HAS_BIAS": True, "HAS_TIME": full, "HAS_RESIDUAL": full, "STATS": full}
@@ -285,15 +285,17 @@ def _variant(dtype: str, form: str, c: Config, split: bool = False) -> Variant:
         "HAS_SKIP": full, "HAS_SHORTCUT": full, "HAS_SHORTCUT_SKIP": full, "SPLIT": split, "BLOCK_M": c.m,
         "BLOCK_N": c.n, "BLOCK_K": c.k, "PRECISION": "ieee", "WIDEN": False, **flags,
     }  # fmt: skip
-    types = f"{t} {t} {t} {t} *fp32 {t} {t} {t} *fp32 {t} {t} *fp32 *fp32 *fp32 " + "i32 " * 5 + "i32:16 " * 6 + "i32"
+    images = f"{t} {t} {t} {t} *fp32 {t} {t} {t} *fp32 {t} {t} *fp32 *fp32 *fp32 "
+    types = images + "i32 " * 5 + f"{channels} " * 5 + "i32 i32"
     label = f"{dtype}, {form}, {c.m} x {c.n} x {c.k}, {c.warps} warps, {c.stages} stages{', split' if split else ''}"
+    label += ", unaligned" if channels == "i32" else ""
     return Variant(conv_kernel, types, constants, {"num_warps": c.warps, "num_stages": c.stages, **OPTIONS}, label)
 
 
 def _split_variant(dtype: str, c: Config) -> Variant:
     flags = dict.fromkeys(("UPSAMPLE", "HAS_BIAS", "HAS_TIME", "HAS_RESIDUAL", "STATS"), True)
     constants = {"BLOCK_M": c.m, "BLOCK_N": min(c.n, 32), **flags}
-    types = f"*fp32 *{dtype} *fp32 *{dtype} *{dtype} *fp32 *fp32 i32 i32 i32 i32:16 i32:16 i32"
+    types = f"*fp32 *{dtype} *fp32 *{dtype} *{dtype} *fp32 *fp32 i32 i32 i32 i32:16 i32 i32"
     label = f"{dtype}, {c.m} x {min(c.n, 32)}"
     return Variant(split_kernel, types, constants, {"num_warps": 4, **OPTIONS}, label)
 
@@ -303,6 +305,7 @@ AOT = [
     *(_variant("bf16", form, HALF[0]) for form in ("1x1", "phases")),
     *(_variant("bf16", "all", config, split=True) for config in (HALF[3], HALF[-1])),
     _variant("fp16", "all", HALF[0]),
+    *(_variant("bf16", "all", config, channels="i32") for config in UNALIGNED),
     *(_variant("fp32", "all", config) for config in FLOAT),
     *(_split_variant("bf16", config) for config in {(c.m, min(c.n, 32)): c for c in HALF}.values()),
 ]
