@@ -59,7 +59,8 @@ def operations() -> list[str]:
 def stages(out: Path) -> list[Stage]:
     python = sys.executable
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rs"]
+    # One line a test, so that a run that is cut off has still said something.
+    tests = [python, "-m", "pytest", "-v", "--tb=short", "--maxfail=100", "-m", "gpu", "-p", "no:cacheprovider"]
     arguments = os.environ.get("IDM_FAST_CMAKE_ARGS", "")
     offline = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "IDM_FAST_REQUIRE_NATIVE": "1"}
     return [
@@ -67,18 +68,20 @@ def stages(out: Path) -> list[Stage]:
         Stage(
             "gpu-tests",
             [*tests, "-k", "not sanitizer", f"--junitxml={out / 'gpu-tests.xml'}", str(ROOT / "tests")],
-            180,
+            150,
         ),
         *(
             Stage(
                 f"ops-{name}",
                 [
                     python, str(ROOT / "benchmarks" / "ops.py"), "--device", "cuda", "--op", name,
-                    "--seconds", "0.2", "--dtypes", "float16", "--json", str(out / f"ops-{name}.json"),
+                    "--seconds", "0.2", "--dtypes", "float16", "--total-seconds", str(seconds),
+                    "--json", str(out / f"ops-{name}.json"),
                 ],
-                60,
+                seconds + 20,
             )
             for name in operations()
+            for seconds in (25 if name in IMPORTANT else 5,)
         ),
         Stage("sanitizer", [*tests, "-k", "sanitizer", str(ROOT / "tests" / "test_gpu.py")], 120),
     ]  # fmt: skip

@@ -39,8 +39,9 @@ __device__ __forceinline__ float silu(float y) {
   return y / (1.0f + e);
 }
 
+// Two blocks at least: left to itself ptxas spills a few registers for the sake of a fourth.
 template <class T, int V, Source SOURCE, bool SILU>
-__global__ void __launch_bounds__(kNormThreads) apply_kernel(ApplyArgs a) {
+__global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(ApplyArgs a) {
   IDM_DYNAMIC_SHARED(float, shared);
   const RowTiles& t = a.rows;
   const int64_t n = t.sample(blockIdx.x), first = t.first_channel(blockIdx.y), channels = t.channels();

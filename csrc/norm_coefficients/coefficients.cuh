@@ -45,7 +45,7 @@ inline Affine affine_of(const AffineParams& p) {
 struct GroupTile {
   int channels, width, columns;
   int tiles(int64_t all) const { return static_cast<int>((all + channels - 1) / channels); }
-  size_t shared_floats() const { return 3 * static_cast<size_t>(channels) + 3 * kNormThreads; }
+  IDM_HOST_DEVICE size_t shared_floats() const { return 3 * static_cast<size_t>(channels) + 3 * kNormThreads; }
 };
 
 // The widest up to `most` channels, or the narrowest that there is.
