@@ -92,7 +92,7 @@ from idm_fast.ops import group_norm_silu
 
 torch.set_num_threads(6)
 big = torch.randn(1, 64, 64, 64).contiguous(memory_format=torch.channels_last)
-few = torch.randn(1, 32, 16, 32).contiguous(memory_format=torch.channels_last)  # four blocks of 16 KiB
+few = torch.randn(1, 32, 32, 48).contiguous(memory_format=torch.channels_last)  # fewer blocks than threads
 
 def workers():
     torch.nn.functional.silu(big)

@@ -192,6 +192,20 @@ def test_nan_stays_in_its_group_across_the_seam(backend: str) -> None:
     assert stats.partials.isnan().nonzero()[:, [0, 3]].unique(dim=0).tolist() == [[0, 1]]
 
 
+def test_calls_that_come_again_are_as_checked_as_the_first() -> None:
+    weight = torch.linspace(0.5, 2, 12)
+    first = group_norm_silu(X, 4, weight, skip=SKIP)
+    assert torch.equal(group_norm_silu(X, 4, weight, skip=SKIP), first)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(group_norm_silu(X, 4, weight, skip=SKIP, eps=1.0), first)
+    with pytest.raises(ContractError, match="no input must require grad"):
+        group_norm_silu(X, 4, weight.clone().requires_grad_(), skip=SKIP)
+    with pytest.raises(ContractError, match="skip must be in torch.channels_last"):
+        group_norm_silu(X, 4, weight, skip=SKIP.contiguous())
+    with use_backend("torch"):
+        torch.testing.assert_close(group_norm_silu(X, 4, weight, skip=SKIP), first)
+
+
 def test_empty() -> None:
     assert group_norm_silu(X[:0], 2, skip=SKIP[:0]).shape == (0, 12, 4, 4)
     assert norm_coefficients(ChannelStats(STATS.partials[:0], STATS.counts), 2).shape == (0, 3, 8)

@@ -31,27 +31,31 @@ struct Merge {  // of a piece of `rows` rows into the statistics of `seen` rows 
   }
 };
 
-// Channels in the layout of K pairs of vectors.
+// K pairs of vectors of a row. Statistics lie in the order of lanes until a block is done.
 template <class T, int K>
 struct Pairs {
-  static constexpr int kVectors = 2 * K, kChannels = 2 * K * kWidth;
-  static int channel(int lane) {
-    constexpr int kPair = 2 * kWidth;
-    return lane / kPair * kPair + element_of_lane<T>(lane % kPair);
-  }
+  static constexpr int kVectors = 2 * K;
   static void read(const T* x, int, vf* v) {
     // The hardware's own prefetch reaches two thirds of the bandwidth from memory that this one does.
     for (int k = 0; k < K; ++k) __builtin_prefetch(reinterpret_cast<const char*>(x + k * 2 * kWidth) + kAhead);
     for (int k = 0; k < K; ++k) load_pair(x + k * 2 * kWidth, v + 2 * k, v + 2 * k + 1);
+  }
+  static void finish(double* values) {
+    if (!kIsBf16<T>) return;
+    double lanes[2 * kWidth];
+    for (int k = 0; k < K; ++k, values += 2 * kWidth) {
+      std::memcpy(lanes, values, sizeof lanes);
+      for (int i = 0; i < 2 * kWidth; ++i) values[element_of_lane<T>(i)] = lanes[i];
+    }
   }
 };
 
 // What is left of a row: one vector, of which `count` lanes exist.
 template <class T>
 struct Rest {
-  static constexpr int kVectors = 1, kChannels = kWidth;
-  static int channel(int lane) { return lane; }
+  static constexpr int kVectors = 1;
   static void read(const T* x, int count, vf* v) { *v = count == kWidth ? load(x) : load_partial(x, count); }
+  static void finish(double*) {}
 };
 
 template <class T, class Layout>
@@ -67,8 +71,7 @@ void piece_stats(const T* x, int64_t rows, int64_t stride, int count, int64_t se
     for (int k = 0; k < V; ++k) shift[k] *= 1.0f / static_cast<float>(rows);
     std::memcpy(shifts, shift, sizeof shift);
   } else {
-    for (int lane = 0; lane < V * kWidth; ++lane)
-      if (Layout::channel(lane) < count) shifts[lane] = static_cast<float>(mean[Layout::channel(lane)]);
+    for (int lane = 0; lane < count; ++lane) shifts[lane] = static_cast<float>(mean[lane]);
     std::memcpy(shift, shifts, sizeof shift);
   }
   for (int64_t first = 0; first < rows; first += kChain) {
@@ -89,31 +92,34 @@ void piece_stats(const T* x, int64_t rows, int64_t stride, int count, int64_t se
   std::memcpy(sums, sum, sizeof sum);
   std::memcpy(square_sums, squares, sizeof squares);
   const Merge merge(rows, seen);
-  for (int lane = 0; lane < V * kWidth; ++lane) {
-    const int c = Layout::channel(lane);
-    if (c < count) merge(shifts[lane], sums[lane], square_sums[lane], mean + c, m2 + c);
+  for (int lane = 0; lane < count; ++lane) merge(shifts[lane], sums[lane], square_sums[lane], mean + lane, m2 + lane);
+}
+
+template <class T, class Layout>
+void column_stats(const T* x, int64_t rows, int64_t stride, int count, double* mean, double* m2) {
+  int64_t piece = kFirstPiece;
+  for (int64_t first = 0; first < rows;) {
+    const int64_t left = rows - first, n = left <= piece + piece / 2 ? left : piece;
+    piece_stats<T, Layout>(x + first * stride, n, stride, count, first, mean, m2);
+    first += n;
+    piece = piece * kPieceGrowth < kLargestPiece ? piece * kPieceGrowth : kLargestPiece;
   }
+  Layout::finish(mean);
+  Layout::finish(m2);
 }
 
 template <class T>
 void block(const char* data, int64_t rows, int64_t channels, double* mean, double* m2) {
   const T* x = reinterpret_cast<const T*>(data);
   for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0.0;
-  int64_t piece = kFirstPiece;
-  for (int64_t first = 0; first < rows;) {
-    const int64_t n = rows - first < piece ? rows - first : piece;
-    const T* p = x + first * channels;
-    int64_t c = 0;
-    for (; c + 4 * kWidth <= channels; c += 4 * kWidth)
-      piece_stats<T, Pairs<T, 2>>(p + c, n, channels, 4 * kWidth, first, mean + c, m2 + c);
-    for (; c + 2 * kWidth <= channels; c += 2 * kWidth)
-      piece_stats<T, Pairs<T, 1>>(p + c, n, channels, 2 * kWidth, first, mean + c, m2 + c);
-    for (; c < channels; c += kWidth) {
-      const int count = channels - c < kWidth ? static_cast<int>(channels - c) : kWidth;
-      piece_stats<T, Rest<T>>(p + c, n, channels, count, first, mean + c, m2 + c);
-    }
-    first += n;
-    piece = piece * kPieceGrowth < kLargestPiece ? piece * kPieceGrowth : kLargestPiece;
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= channels; c += 4 * kWidth)
+    column_stats<T, Pairs<T, 2>>(x + c, rows, channels, 4 * kWidth, mean + c, m2 + c);
+  for (; c + 2 * kWidth <= channels; c += 2 * kWidth)
+    column_stats<T, Pairs<T, 1>>(x + c, rows, channels, 2 * kWidth, mean + c, m2 + c);
+  for (; c < channels; c += kWidth) {
+    const int count = channels - c < kWidth ? static_cast<int>(channels - c) : kWidth;
+    column_stats<T, Rest<T>>(x + c, rows, channels, count, mean + c, m2 + c);
   }
 }
 

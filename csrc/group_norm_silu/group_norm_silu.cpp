@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBlockBytes = 32 * 1024;
 constexpr int64_t kMaxBlocks = 32;
+constexpr int64_t kLeastRows = 128;  // of a block: the statistics of each cost some rows of time by themselves
 
 const GroupNormKernels& kernels() {
   static constexpr const GroupNormKernels* kTables[kCpuIsas] = IDM_ISA_TABLES(kGroupNormKernels);
@@ -31,7 +32,8 @@ struct Part {
 struct Cut {
   int64_t rows, blocks, block_rows;
   Cut(int64_t all_rows, int64_t row_bytes) : rows(all_rows) {
-    const int64_t wanted = std::clamp<int64_t>(rows * row_bytes / kBlockBytes, 1, std::min(kMaxBlocks, rows));
+    const int64_t most = std::clamp<int64_t>(rows / kLeastRows, 1, kMaxBlocks);
+    const int64_t wanted = std::clamp<int64_t>(rows * row_bytes / kBlockBytes, 1, most);
     block_rows = (rows + wanted - 1) / wanted;
     blocks = (rows + block_rows - 1) / block_rows;
   }
