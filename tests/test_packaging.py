@@ -63,7 +63,7 @@ def test_environment_is_read() -> None:
     code = "from idm_fast.kernels.dispatch import forced_backends; print(forced_backends())"
     assert python(code, IDM_FAST_BACKEND="torch,reference").stdout.strip() == "('torch', 'reference')"
     done = python("from idm_fast.kernels.dispatch import forced_backends; forced_backends()", IDM_FAST_BACKEND="tpu")
-    assert "backend must be one of = triton, cuda, cpu, torch, reference, got 'tpu'" in done.stderr
+    assert "backend must be one of = triton, cuda, cpu, xformers, torch, reference, got 'tpu'" in done.stderr
 
 
 def test_a_wrong_instruction_set_is_an_error() -> None:
