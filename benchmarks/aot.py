@@ -3,7 +3,9 @@
 ``python benchmarks/aot.py`` fails for a spill, for shared memory that a device has not, for a kernel that is not in the
 committed tables (benchmarks/results/aot/<op>.md), and, under the compilers named there, for more registers than they
 allow: registers are handed out in eights, so a figure may grow to the next multiple of 8.
-``--update`` writes the tables anew. ``--op`` takes one operation. Results are cached in build/aot by what was compiled.
+``--update`` writes the tables anew. ``--op`` takes one operation. Results are cached in build/aot by what was compiled;
+``--changed`` also believes the committed results (compiled.json) of the same sources under the same compilers, so that a
+fresh clone compiles what has changed since and nothing else.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from idm_fast.kernels.aot import Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "benchmarks" / "results" / "aot"
+COMPILED = TABLES / "compiled.json"
 CACHE = ROOT / "build" / "aot"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes a block can have; CUDA C++ sees its static ones only
 NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v")
+TRITON_ARCHS, CUDA_ARCHS = ("sm_80", "sm_90"), ("sm_80", "sm_90a")
 UNIT = 8  # registers are handed out to a thread in units of
 
 
@@ -77,17 +82,34 @@ def parse_ptxas(log: str) -> dict[str, tuple[int, int, int, int, tuple[str, ...]
     return found
 
 
-def cached(key: str, compute: functools.partial[list[Row]]) -> list[Row]:
-    """``compute()``, or what it gave when the same was compiled before."""
-    file = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+Compiled = tuple[str, list[Row]]  # the digest of what was compiled and how, and what came out
+
+
+def cached(key: str, believed: bool, compute: functools.partial[list[Row]]) -> Compiled:
+    """``compute()``, or what it gave when the same was compiled before; ``believed``: also by whoever committed it."""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    file = CACHE / f"{digest}.json"
     if file.exists():
-        return [Row(**{**row, "losses": tuple(row["losses"])}) for row in json.loads(file.read_text())]
+        return digest, from_json(json.loads(file.read_text()))
+    if believed and digest in (known := committed()):
+        return digest, known[digest]
     rows = compute()
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False) as fresh:
         json.dump([asdict(row) for row in rows], fresh)
     os.replace(fresh.name, file)
-    return rows
+    return digest, rows
+
+
+def from_json(rows: list[dict[str, Any]]) -> list[Row]:
+    return [Row(**{**row, "losses": tuple(row["losses"])}) for row in rows]
+
+
+@functools.cache
+def committed() -> dict[str, list[Row]]:
+    if not COMPILED.exists():
+        return {}
+    return {digest: from_json(rows) for digest, rows in json.loads(COMPILED.read_text()).items()}
 
 
 def variants(op: str) -> list[Variant]:
@@ -97,7 +119,7 @@ def variants(op: str) -> list[Variant]:
     return found
 
 
-def compile_triton(op: str, index: int, arch: str) -> list[Row]:
+def compile_triton(op: str, index: int, arch: str, believed: bool) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,7 +137,7 @@ def compile_triton(op: str, index: int, arch: str) -> list[Row]:
         return [Row(variant.name, arch, registers, compiled.metadata.shared, *rest)]
 
     key = f"{triton.__version__} {arch} {variant.name} {variant.options} {source.hash()}"
-    return cached(key, functools.partial(compute))
+    return cached(key, believed, functools.partial(compute))
 
 
 def includes(file: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
@@ -127,7 +149,7 @@ def includes(file: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
     return seen
 
 
-def compile_cuda(nvcc: str, file: Path, arch: str) -> list[Row]:
+def compile_cuda(nvcc: str, file: Path, arch: str, believed: bool) -> Compiled:
     def compute() -> list[Row]:
         command = [nvcc, *NVCC_FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-cubin", "-o", os.devnull, str(file)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -137,7 +159,7 @@ def compile_cuda(nvcc: str, file: Path, arch: str) -> list[Row]:
         return [Row(name, arch, *found[key]) for key, name in demangled(list(found)).items()]
 
     key = f"{version(nvcc)} {arch} {NVCC_FLAGS} {list(includes(file, {}).values())}"
-    return cached(key, functools.partial(compute))
+    return cached(key, believed, functools.partial(compute))
 
 
 def demangled(names: list[str]) -> dict[str, str]:
@@ -219,12 +241,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", help="only this operation or folder of csrc (may be repeated)")
     parser.add_argument("--update", action="store_true", help="write the tables instead of comparing with them")
+    parser.add_argument("--changed", action="store_true", help="compile only what the committed results do not have")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # under which a kernel is not one that can be compiled
 
     tools: dict[str, str] = {}
-    jobs: list[tuple[str, str, functools.partial[list[Row]]]] = []  # (operation, compiler, work)
+    jobs: list[tuple[str, str, functools.partial[Compiled]]] = []  # (operation, compiler, work)
     wanted = set(args.op) if args.op else None
     try:
         import triton
@@ -235,7 +258,9 @@ def main() -> int:
         for file in sorted((ROOT / "kernels").glob("*/triton_kernel.py")):
             op = file.parent.name
             for index in range(len(variants(op)) if wanted is None or op in wanted else 0):
-                jobs += [(op, "triton", functools.partial(compile_triton, op, index, a)) for a in ("sm_80", "sm_90")]
+                jobs += [
+                    (op, "triton", functools.partial(compile_triton, op, index, a, args.changed)) for a in TRITON_ARCHS
+                ]
     nvcc = find_nvcc()
     if nvcc is None:
         print("CUDA files are left out: nvcc was not found")
@@ -244,17 +269,24 @@ def main() -> int:
         for file in sorted((ROOT / "csrc").glob("*/*.cu")):
             op = file.parent.name
             if wanted is None or op in wanted:
-                jobs += [(op, "nvcc", functools.partial(compile_cuda, nvcc, file, a)) for a in ("sm_80", "sm_90a")]
+                jobs += [(op, "nvcc", functools.partial(compile_cuda, nvcc, file, a, args.changed)) for a in CUDA_ARCHS]
 
     results: dict[tuple[str, str], list[Row]] = {}
+    compiled: dict[str, list[Row]] = {}
     failures = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for (op, tool, _), future in [(job, pool.submit(job[2])) for job in jobs]:
             try:
-                results.setdefault((op, tool), []).extend(future.result())
+                digest, rows = future.result()
+                compiled[digest] = rows
+                results.setdefault((op, tool), []).extend(rows)
             except Exception as error:  # the others are compiled and reported all the same
                 failures.append(f"{op}: {type(error).__name__}: {error}")
 
+    if args.update:
+        kept = compiled if wanted is None else committed() | compiled
+        lines = [f'"{digest}": {json.dumps([asdict(row) for row in kept[digest]])}' for digest in sorted(kept)]
+        COMPILED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     for op in sorted({op for op, _ in results}):
         if args.update:
             write_table(op, tools, [row for name in tools for row in results.get((op, name), [])])

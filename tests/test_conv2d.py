@@ -180,7 +180,7 @@ def test_border_is_zero_after_the_prologue(backend: str) -> None:
 def test_float64_is_for_the_judge() -> None:
     x, weight = image(1, 4, 3, 3).double(), image(4, 4, 3, 3).double()
     for name in set(OP.backends) - {"torch", "reference"}:
-        with use_backend(name), pytest.raises(BackendError, match=r"not (float64|on cpu)"):
+        with use_backend(name), pytest.raises(BackendError, match=r"not float64|not on cpu"):
             conv2d(x, weight)
 
 
