@@ -3,9 +3,9 @@
 ``python benchmarks/aot.py`` fails for a spill, for shared memory that a device has not, for a kernel that is not in the
 committed tables (benchmarks/results/aot/<op>.md), and, under the compilers named there, for more registers than they
 allow: registers are handed out in eights, so a figure may grow to the next multiple of 8.
-``--update`` writes the tables anew. ``--op`` takes one operation. Results are cached in build/aot by what was compiled;
-``--changed`` also believes the committed results (compiled.json) of the same sources under the same compilers, so that a
-fresh clone compiles what has changed since and nothing else.
+``--update`` writes the tables anew. ``--op`` takes one operation. Results are cached in build/aot by what was compiled.
+``--changed`` also believes the committed results (compiled.json) of the same sources under the same compilers: then a
+fresh clone compiles only what has changed since.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ struct Entry {
   const char* name;
 };
 
-#if defined(IDM_HAVE_avx512)
+#if defined(IDM_HAVE_avx512) || defined(IDM_HAVE_avx512bf16)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
