@@ -214,7 +214,7 @@ def test_a_network_that_takes_no_picture_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "said"),
-    [("triton,cuda", "as in triton,cuda,torch"), ("cuda", "cuda,torch"), ("abacus", "abacus"), ("", "backend must be")],
+    [("xformers", "as in xformers,torch"), ("cuda", "cuda,torch"), ("abacus", "abacus"), ("", "backend must be")],
 )
 def test_a_backend_that_cannot_do_it_all_is_refused_at_once(tiny_model: Path, backend: str, said: str) -> None:
     with pytest.raises(IdmFastError, match=said):
