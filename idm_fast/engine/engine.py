@@ -1,0 +1,208 @@
+"""``Engine``: a compiled network with its walk from noise to picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import RLock
+
+import torch
+from torch import Tensor
+
+from idm_fast.diffusion import SamplerTable
+from idm_fast.engine.lower import Shape, lower
+from idm_fast.engine.nodes import Node
+from idm_fast.engine.plan import Plan
+from idm_fast.engine.precision import chosen_dtype
+from idm_fast.engine.tables import StepTables
+from idm_fast.engine.weights import PackedWeights
+from idm_fast.errors import IdmFastError
+from idm_fast.kernels.dispatch import BackendError, use_backend
+from idm_fast.models.unet import UNet
+
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """``backend``: kernel back ends in order of preference ("cpu,torch"); None: the fastest that can run each call.
+
+    ``weights``: those of another engine of the same network and dtype, to share them.
+    """
+
+    backend: str | None = None
+    weights: PackedWeights | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes held by an engine; ``weights`` may be shared with others."""
+
+    weights: int
+    workspace: int
+    graph_pool: int = 0
+
+
+class Engine:
+    """Made by ``Engine.compile``. One walk at a time: ``run`` waits for another thread's to end."""
+
+    def __init__(self, plan: Plan, tables: StepTables, weights: PackedWeights) -> None:
+        self._plan, self._tables, self.weights = plan, tables, weights
+        self._table: SamplerTable | None = None
+        self._version = -1
+        self._at = 0
+        self._lock = RLock()
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def compile(
+        cls,
+        model: UNet,
+        shape: Shape,  # N, H, W
+        table: SamplerTable,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        options: EngineOptions | None = None,
+    ) -> Engine:
+        """The plan of ``model`` for N images of H x W pixels and a walk of at most ``table.evaluations`` evaluations.
+
+        Raises ``IdmFastError`` for a shape the network cannot take, an unknown dtype, device or back end, and back
+        ends of which none can run some call.
+        """
+        options = options or EngineOptions()
+        place = torch.device(device)
+        kind, quantised = chosen_dtype(dtype, place)
+        _check(model, shape)
+        weights = options.weights or PackedWeights(model, kind, place)
+        lowered = lower(model, shape, kind, quantised=quantised)
+        tables = StepTables(lowered, weights, table.evaluations)
+        try:
+            if options.backend is None:
+                plan = Plan(lowered, tables, weights, shape[0])
+            else:
+                with use_backend(options.backend):
+                    plan = Plan(lowered, tables, weights, shape[0])
+        except BackendError as error:
+            raise IdmFastError(str(error)) from None
+        engine = cls(plan, tables, weights)
+        engine.use_table(table)
+        return engine
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The calls of one evaluation, each with its layer, operation, backend, FLOPs and bytes."""
+        return tuple(bound.node for bound in self._plan.step_calls)
+
+    @property
+    def launches(self) -> int:
+        """Calls per evaluation."""
+        return len(self._plan.step_calls)
+
+    def run(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None, callback: Callback | None = None) -> Tensor:
+        """Walks the table from ``start`` [N, C, H, W] and returns the images: float32, channels_last.
+
+        As ``diffusion.sample`` with the network in place: ``seeds`` int64 [N], ``cond`` [N, Cc, H, W] float32;
+        ``callback(e, x, x0_hat)`` after evaluation e, of tensors that are used again.
+        """
+        with self._lock:
+            self.load(start, seeds, cond)
+            for e in range(self._tables.evaluations):
+                self.step(e)
+                if callback is not None:
+                    callback(e, self._plan.x, self._plan.history)
+            return self._plan.x.clone()
+
+    @torch.no_grad()
+    def load(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None) -> None:
+        """The beginning of a walk: what depends on the images alone is computed here."""
+        plan = self._plan
+        _same("start", start, plan.x)
+        _same("seeds", seeds, plan.seeds)
+        if (cond is None) != (plan.cond is None):
+            raise IdmFastError(f"Engine: cond must be {'none' if plan.cond is None else 'given'}, got the contrary")
+        with self._lock:
+            plan.x.copy_(start)
+            plan.seeds.copy_(seeds)
+            if cond is not None and plan.cond is not None:
+                _same("cond", cond, plan.cond)
+                plan.cond.copy_(cond)
+            self._refresh()
+            self._tables.step.zero_()
+            self._at = 0
+            plan.setup()
+
+    @torch.no_grad()
+    def step(self, e: int) -> None:
+        """Evaluation ``e`` of the network and the update behind it."""
+        if not 0 <= e < self._tables.evaluations:
+            raise IdmFastError(f"Engine: step must lie in 0..{self._tables.evaluations - 1}, got {e}")
+        if e != self._at:
+            self._tables.step.fill_(e)
+        self._plan.step()
+        self._at = e + 1
+
+    def use_table(self, table: SamplerTable) -> None:
+        """Other coefficients, of at most as many evaluations as the engine was compiled for; nothing is recompiled."""
+        if table.evaluations > self._tables.capacity:
+            raise IdmFastError(
+                f"use_table: table must have at most {self._tables.capacity} evaluations, as the engine was compiled "
+                f"for, got {table.evaluations}"
+            )
+        with self._lock:
+            self._table, self._version = table, -1
+            self._refresh()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if self._version != self.weights.version and self._table is not None:
+            self._version = self.weights.version
+            self._tables.fill(self._table)
+
+    def swap_weights(self, model: UNet) -> None:
+        """Another network's weights in the same memory, for all engines that share them.
+
+        Raises ``IdmFastError`` for one of another shape; the engine then keeps its own.
+        """
+        with self._lock:
+            self.weights.swap(model)
+
+    def memory(self) -> Memory:
+        return Memory(self.weights.nbytes, self._plan.nbytes + self._tables.nbytes)
+
+    @torch.no_grad()
+    def times(self, repeats: int = 5) -> tuple[float, ...]:
+        """Median seconds of each of ``nodes``, run one by one; the buffers' contents do not matter, and are lost."""
+        medians = []
+        with self._lock:
+            for bound in self._plan.step_calls:
+                taken = []
+                for _ in range(repeats + 1):
+                    began = time.perf_counter()
+                    bound.call()
+                    taken.append(time.perf_counter() - began)
+                medians.append(sorted(taken[1:])[repeats // 2])
+            self._at = -1
+        return tuple(medians)
+
+
+def _check(model: UNet, shape: Shape) -> None:
+    c, multiple = model.config, model.config.size_multiple
+    _, height, width = shape
+    if min(shape) < 1 or height % multiple or width % multiple:
+        raise IdmFastError(
+            f"Engine: shape must be (N, H, W) with N >= 1 and H and W multiples of {multiple}, got {tuple(shape)}"
+        )
+    if c.num_classes:
+        raise IdmFastError(f"Engine: model must have no classes = 0, got {c.num_classes}")
+
+
+def _same(name: str, given: Tensor, expected: Tensor) -> None:
+    if given.shape != expected.shape or given.is_floating_point() != expected.is_floating_point():
+        raise IdmFastError(
+            f"Engine: {name} must be {'float' if expected.is_floating_point() else 'int64'} {list(expected.shape)}, "
+            f"got {given.dtype} {list(given.shape)}"
+        )

@@ -1,0 +1,315 @@
+"""A network and a shape -> the list of calls that compute it. No arithmetic and no memory: what runs is decided here.
+
+Every image carries the statistics that its producer wrote beside it, so a norm is one small call (its coefficients)
+and the convolution behind it applies it on the way in. What depends on the condition alone runs once per walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from idm_fast.engine.nodes import (
+    Advance,
+    Attend,
+    Coefficients,
+    Columns,
+    Conv,
+    Nearest,
+    Node,
+    Norm,
+    Pool,
+    Shuffle,
+    StatsValue,
+    TimeRow,
+    Unshuffle,
+    Update,
+    Value,
+    Weight,
+)
+from idm_fast.models.blocks import Attention, Downsample, NormSiLU, ResBlock, Upsample
+from idm_fast.models.unet import Level, UNet
+
+Shape = tuple[int, int, int]  # N, H, W
+
+
+class Image(NamedTuple):
+    value: Value
+    stats: StatsValue
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A block's columns of the time row: the embedding times ``weight``, plus the sum of ``biases``."""
+
+    weight: Weight
+    biases: tuple[Weight, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Two columns of the time row: (step, zero point) of the 8-bit values that a norm (and SiLU) can make."""
+
+    norm: str
+    scale: Columns | None
+    shift: Columns | None
+    silu: bool
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """``setup`` runs once per walk, ``step`` once per evaluation of the network. The fixed values are its ends."""
+
+    setup: tuple[Node, ...]
+    step: tuple[Node, ...]
+    projections: tuple[Projection, ...]  # of them the time row is made, first their columns,
+    ranges: tuple[Range, ...]  # then two for each of these
+    x: Value  # float32 [N, C, H, W]
+    history: Value
+    cond: Value | None  # float32 [N, Cc, H, W]
+
+
+def lower(model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: bool = False) -> Lowered:
+    """The plan of ``model`` for N images of H x W pixels in ``dtype``.
+
+    ``quantised``: a convolution behind a norm is done on 8-bit integers, but for the network's last.
+    """
+    return _Lowering(model, shape, dtype, quantised).run()
+
+
+class _Lowering:
+    def __init__(self, model: UNet, shape: Shape, dtype: torch.dtype, quantised: bool) -> None:
+        self.model, self.config, self.dtype, self.quantised = model, model.config, dtype, quantised
+        self.n, self.height, self.width = shape
+        self.nodes: list[Node] = []
+        self.projections: list[Projection] = []
+        self.ranges: list[Range] = []
+        self.projected = sum(m.embed.out_features for m in model.modules() if isinstance(m, ResBlock))
+        self.columns = 0  # of them, given to blocks so far
+
+    # The whole network.
+
+    def run(self) -> Lowered:
+        c, f = self.config, self.config.unshuffle
+        full = (self.n, c.in_channels, self.height, self.width)
+        x, history = (Value(name, full, torch.float32, fixed=True) for name in ("x", "history"))
+        inside = (self.height // f, self.width // f)
+        entry = Value("network_input", (self.n, c.in_channels * f * f, *inside), self.dtype, fixed=True)
+        setup: list[Node] = [Unshuffle(layer="stem", x=x, factor=f, out=entry)]
+        cond, half = None, None
+        if c.cond_channels:
+            cond = Value("cond", (self.n, c.cond_channels, self.height, self.width), torch.float32, fixed=True)
+            half = self._condition_half(setup, cond, inside)
+
+        self.nodes.append(TimeRow(layer="time"))
+        h = self._stem(entry, half)
+        skips = [h]
+        for index, level in enumerate(_levels(self.model.down)):
+            h = self._level(level, f"down.{index}", h)
+            skips.append(h)
+        for index, level in enumerate(_levels(self.model.middle)):
+            h = self._level(level, f"middle.{index}", h)
+        for index, level in enumerate(_levels(self.model.up)):
+            joins = isinstance(level.block, ResBlock) and level.block.resize is None
+            h = self._level(level, f"up.{index}", h, skips.pop() if joins else None)
+        answer = self._output(h, cond)
+        self.nodes.append(
+            Update(
+                layer="sampler", answer=answer, out_x=x, out_history=history, out_input=entry, unshuffle=f,
+            )
+        )  # fmt: skip
+        self.nodes.append(Advance(layer="sampler"))
+        step = tuple(_without_unread_stats(self.nodes))
+        return Lowered(tuple(setup), step, tuple(self.projections), tuple(self.ranges), x, history, cond)
+
+    def _stem_columns(self) -> tuple[Columns, Columns]:
+        """Of the stem's input channels: those of x, those of the condition."""
+        c, area = self.config, self.config.unshuffle**2
+        x, cond = c.in_channels * area, c.cond_channels * area
+        return ((0, x), (x, x + cond)) if c.concat_order == "x_cond" else ((cond, cond + x), (0, cond))
+
+    def _condition_half(self, setup: list[Node], cond: Value, inside: tuple[int, int]) -> Value:
+        """The stem is linear: its share of the condition is the same at every step."""
+        c, f = self.config, self.config.unshuffle
+        hint = Value("stem.hint", (self.n, c.cond_channels * f * f, *inside), self.dtype, fixed=True)
+        half = Value("stem.cond_half", (self.n, c.model_channels, *inside), self.dtype, fixed=True)
+        weight = Weight("stem.weight", "conv", columns=self._stem_columns()[1])
+        setup.append(Unshuffle(layer="stem", x=cond, factor=f, out=hint))
+        setup.append(Conv(layer="stem", x=hint, weight=weight, bias=(Weight("stem.bias", "vector"),), out=half))
+        return half
+
+    def _stem(self, entry: Value, half: Value | None) -> Image:
+        bias = () if half is not None else (Weight("stem.bias", "vector"),)
+        weight = Weight("stem.weight", "conv", columns=self._stem_columns()[0])
+        return self._conv("stem", entry, self.config.model_channels, weight=weight, bias=bias, residual=half)
+
+    def _level(self, level: Level, path: str, h: Image, skip: Image | None = None) -> Image:
+        block = level.block
+        if isinstance(block, ResBlock):
+            h = self._block(block, f"{path}.block", h, skip)
+        elif isinstance(block, Downsample):
+            h = self._conv(f"{path}.block.conv", h.value, block.conv.out_channels, stride=2)
+        elif isinstance(block, Upsample):
+            h = self._conv(f"{path}.block.conv", h.value, block.conv.out_channels, upsample=True)
+        else:
+            raise TypeError(f"lower: {path} is a {type(block).__name__}, which has no lowering")
+        return h if level.attention is None else self._attention(level.attention, f"{path}.attention", h)
+
+    def _output(self, h: Image, cond: Value | None) -> Value:
+        c = self.config
+        channels = c.in_channels * c.unshuffle**2  # a learned variance behind them is not read by any solver
+        rows = (0, channels) if channels < c.out_channels * c.unshuffle**2 else None
+        out = self._conv(
+            "out_conv", h.value, channels, weight=Weight("out_conv.weight", "conv", rows=rows),
+            bias=(Weight("out_conv.bias", "vector", rows=rows),),
+            coefficients=self._coefficients("out_norm", self.model.out_norm, h), silu=True,
+        ).value  # fmt: skip
+        cond = cond if c.residual else None
+        if c.unshuffle == 1 and cond is None:
+            return out
+        dtype = torch.float32 if cond is not None else self.dtype
+        answer = Value("answer", (self.n, c.in_channels, self.height, self.width), dtype)
+        self.nodes.append(Shuffle(layer="out_conv", x=out, cond=cond, factor=c.unshuffle, out=answer))
+        return answer
+
+    # Its parts.
+
+    def _block(self, block: ResBlock, path: str, x: Image, skip: Image | None) -> Image:
+        first = self._project(path, block)
+        scale, shift = first if block.scale_shift else (None, None)
+        out_channels = block.conv1.out_channels
+        # The convolution's own bias is in the time row already.
+        additive: dict[str, Any] = {} if block.scale_shift else {"bias": (), "time_shift": first[0]}
+        if block.resize == "down":
+            h = self._conv(f"{path}.conv1", self._pooled_norm(path, block.norm1, x), out_channels, **additive)
+        else:
+            h = self._conv(
+                f"{path}.conv1", x.value, out_channels, skip=None if skip is None else skip.value,
+                coefficients=self._coefficients(f"{path}.norm1", block.norm1, x, skip), silu=True,
+                upsample=block.resize == "up", quantise=f"{path}.norm1", **additive,
+            )  # fmt: skip
+        ends = self._shortcut(block, path, x, skip)
+        return self._conv(
+            f"{path}.conv2", h.value, out_channels, silu=True, quantise=f"{path}.norm2", scale=scale, shift=shift,
+            coefficients=self._coefficients(f"{path}.norm2", block.norm2, h, scale=scale, shift=shift), **ends,
+        )  # fmt: skip
+
+    def _project(self, path: str, block: ResBlock) -> list[Columns]:
+        """Room in the time row: (scale, shift), or the one shift."""
+        weight = Weight(f"{path}.embed.weight", "matrix")
+        biases = [Weight(f"{path}.embed.bias", "vector")]
+        if not block.scale_shift:
+            biases.append(Weight(f"{path}.conv1.bias", "vector"))
+        self.projections.append(Projection(weight, tuple(biases)))
+        begin, c = self.columns, block.conv1.out_channels
+        self.columns += block.embed.out_features
+        return [(first, first + c) for first in range(begin, self.columns, c)]
+
+    def _pooled_norm(self, path: str, norm: NormSiLU, x: Image) -> Value:
+        """A pool takes the mean of what SiLU gave: it cannot be a convolution's prologue."""
+        normed = Value(f"{path}.normed", x.value.shape, self.dtype)
+        self.nodes.append(
+            Norm(
+                layer=f"{path}.norm1", x=x.value, stats=x.stats, norm=f"{path}.norm1", groups=norm.groups, eps=norm.eps,
+                out=normed,
+            )
+        )  # fmt: skip
+        return self._pool(f"{path}.norm1", normed)
+
+    def _shortcut(self, block: ResBlock, path: str, x: Image, skip: Image | None) -> dict[str, Any]:
+        """What the block adds to its second convolution's result."""
+        if block.resize == "up":
+            n, c, h, w = x.value.shape
+            out = Value(f"{path}.nearest", (n, c, 2 * h, 2 * w), self.dtype)
+            self.nodes.append(Nearest(layer=path, x=x.value, out=out))
+            return {"residual": out}
+        if block.resize == "down":
+            return {"residual": self._pool(path, x.value)}
+        if isinstance(block.skip, torch.nn.Identity):
+            return {"residual": x.value}
+        second = None if skip is None else skip.value
+        weight, bias = Weight(f"{path}.skip.weight", "matrix"), Weight(f"{path}.skip.bias", "vector")
+        if not self.quantised:
+            both = (Weight(f"{path}.conv2.bias", "vector"), bias)
+            return {"shortcut": x.value, "shortcut_skip": second, "shortcut_weight": weight, "bias": both}
+        alone = self._conv(
+            f"{path}.skip", x.value, block.conv2.out_channels, skip=second, kernel=1,
+            weight=Weight(f"{path}.skip.weight", "conv"), bias=(bias,),
+        )  # fmt: skip
+        return {"residual": alone.value}
+
+    def _pool(self, path: str, x: Value) -> Value:
+        n, c, h, w = x.shape
+        out = Value(f"{path}.pooled", (n, c, h // 2, w // 2), self.dtype)
+        self.nodes.append(Pool(layer=path, x=x, out=out))
+        return out
+
+    def _attention(self, module: Attention, path: str, x: Image) -> Image:
+        n, c, h, w = x.value.shape
+        qkv = self._conv(
+            f"{path}.qkv", x.value, 3 * c, kernel=1, quantise=f"{path}.norm",
+            coefficients=self._coefficients(f"{path}.norm", module.norm, x),
+        ).value  # fmt: skip
+        mixed = Value(f"{path}.mixed", (n, c, h, w), self.dtype)
+        self.nodes.append(Attend(layer=path, qkv=qkv, heads=module.heads, order=module.order, out=mixed))
+        return self._conv(f"{path}.out", mixed, c, kernel=1, residual=x.value)
+
+    def _coefficients(
+        self,
+        path: str,
+        norm: NormSiLU,
+        x: Image,
+        skip: Image | None = None,
+        scale: Columns | None = None,
+        shift: Columns | None = None,
+    ) -> Value:
+        channels = x.value.shape[1] + (0 if skip is None else skip.value.shape[1])
+        out = Value(f"{path}.coefficients", (self.n, 3, channels), torch.float32)
+        self.nodes.append(
+            Coefficients(
+                layer=path, stats=x.stats, skip_stats=None if skip is None else skip.stats, norm=path,
+                groups=norm.groups, eps=norm.eps, scale=scale, shift=shift, out=out,
+            )
+        )  # fmt: skip
+        return out
+
+    def _conv(
+        self,
+        path: str,
+        x: Value,
+        out_channels: int,
+        *,
+        quantise: str | None = None,  # path of the norm before it, where 8 bits will do
+        scale: Columns | None = None,
+        shift: Columns | None = None,
+        **rest: Any,
+    ) -> Image:
+        upsample, stride = rest.get("upsample", False), rest.get("stride", 1)
+        n, _, h, w = x.shape
+        grid = (2 * h, 2 * w) if upsample else ((h - 1) // stride + 1, (w - 1) // stride + 1)
+        out = Value(path, (n, out_channels, *grid), self.dtype)
+        stats = StatsValue(f"{path}.stats", out)
+        rest.setdefault("weight", Weight(f"{path}.weight", "phases" if upsample else "conv"))
+        rest.setdefault("bias", (Weight(f"{path}.bias", "vector"),))
+        if self.quantised and quantise is not None:
+            begin = self.projected + 2 * len(self.ranges)
+            self.ranges.append(Range(quantise, scale, shift, rest.get("silu", False)))
+            rest |= {"quantised": True, "activation": (begin, begin + 2)}
+        self.nodes.append(Conv(layer=path, x=x, out=out, out_stats=stats, **rest))
+        return Image(out, stats)
+
+
+def _levels(modules: torch.nn.ModuleList) -> list[Level]:
+    return [level for level in modules if isinstance(level, Level)]
+
+
+def _without_unread_stats(nodes: Sequence[Node]) -> list[Node]:
+    """Statistics cost a pass of the values in cache: nobody makes those that no norm asks for."""
+    read = {value for node in nodes for value in node.reads}
+    return [
+        replace(node, out_stats=None) if isinstance(node, Conv) and node.out_stats not in read else node
+        for node in nodes
+    ]

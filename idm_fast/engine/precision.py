@@ -1,0 +1,38 @@
+"""Number formats: their names, and which one a device does best."""
+
+from __future__ import annotations
+
+import torch
+
+from idm_fast.errors import IdmFastError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8 = "int8"  # bfloat16 (float32 without its instructions) between convolutions on 8-bit integers; CPU only
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32."""
+    if device.type == "cuda":
+        return torch.float16
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.bfloat16 if device.type == "cpu" and supported is not None and supported() else torch.float32
+
+
+def chosen_dtype(dtype: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, bool]:
+    """(type of images and weights, whether convolutions are quantised) for a name, a torch type or None.
+
+    Raises ``IdmFastError`` for one that is unknown or that the device has not got.
+    """
+    if dtype is None:
+        return default_dtype(device), False
+    quantised = dtype == INT8
+    if quantised:
+        if device.type != "cpu":
+            raise IdmFastError(f"dtype must be one of {', '.join(DTYPES)} on {device}, got int8")
+        return default_dtype(device), True
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise IdmFastError(f"dtype must be one of {', '.join([*DTYPES, INT8])}, got {dtype!r}")
+    if device.type == "cpu" and found == torch.float16:
+        raise IdmFastError("dtype must be fp32, bf16 or int8 on a CPU, got fp16")
+    return found, False

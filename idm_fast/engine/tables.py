@@ -1,0 +1,74 @@
+"""All that changes from step to step, as tensors that a step indexes by the device's own counter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from idm_fast.diffusion import SamplerTable
+from idm_fast.engine.lower import Lowered, Range
+from idm_fast.engine.nodes import Columns, Weight
+from idm_fast.engine.weights import PackedWeights, State
+from idm_fast.kernels import time_embedding
+from idm_fast.kernels.conv2d_int8 import activation_scale
+
+
+class StepTables:
+    """``coefficients`` [T, 8] is the sampler's table; ``rows`` [T, S] what each block adds for the time.
+
+    T = ``capacity``. After the projections' columns come (step, zero point) of each quantised convolution: they follow
+    from the norm's gamma and beta and the time's scale and shift, and from no data.
+    """
+
+    def __init__(self, lowered: Lowered, weights: PackedWeights, capacity: int) -> None:
+        self._lowered, self._weights, self.capacity = lowered, weights, capacity
+        self._matrix, self._bias = weights.made("time.projections", self._projections)
+        self._mlp = weights.made("time.mlp", _mlp)
+        self._columns = self._matrix.shape[0]
+        width, device = self._columns + 2 * len(lowered.ranges), weights.device
+        self.coefficients = torch.zeros(capacity, 8, device=device)
+        self.rows = torch.zeros(capacity, width, device=device)
+        self.row = torch.zeros(1, width, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.evaluations = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.coefficients, self.rows, self.row, self.step))
+
+    def fill(self, table: SamplerTable) -> None:
+        """Everything for a walk of at most ``capacity`` evaluations, in place."""
+        device, config, count = self._weights.device, self._weights.config, table.evaluations
+        self.coefficients[:count].copy_(table.float32(device))
+        self.evaluations = count
+        times = torch.from_numpy(table.network_time.astype("float32")).to(device)
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._mlp
+        made = time_embedding(
+            times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
+            order=config.embedding_order, embed_silu=config.embed_silu,
+        )  # fmt: skip
+        self.rows[:count, : self._columns].copy_(made)
+        for index, each in enumerate(self._lowered.ranges):
+            begin = self._columns + 2 * index
+            self.rows[:count, begin : begin + 2].copy_(self._range(each, made))
+
+    def _range(self, each: Range, rows: Tensor) -> Tensor:
+        gamma, beta = self._weights.norm(each.norm)
+        scale, shift = _some(rows, each.scale), _some(rows, each.shift)
+        return activation_scale(gamma, beta, scale, shift, silu=each.silu)
+
+    def _projections(self, state: State) -> tuple[Tensor, ...]:
+        def rows(weight: Weight) -> Tensor:
+            return state[weight.name].float()
+
+        blocks = self._lowered.projections
+        biases = [sum((rows(b) for b in block.biases[1:]), rows(block.biases[0])) for block in blocks]
+        return torch.cat([rows(block.weight) for block in blocks]), torch.cat(biases)
+
+
+def _mlp(state: State) -> tuple[Tensor, ...]:
+    return tuple(state[f"time.{name}"].float() for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+
+
+def _some(rows: Tensor, columns: Columns | None) -> Tensor | None:
+    return None if columns is None else rows[:, slice(*columns)]

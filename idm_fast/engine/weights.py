@@ -1,0 +1,99 @@
+"""Weights as the operations take them: made once per (network, dtype, device) and shared by every plan of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from idm_fast.engine.nodes import Weight
+from idm_fast.errors import IdmFastError
+from idm_fast.kernels import phase_weights
+from idm_fast.models.unet import UNet
+
+State = dict[str, Tensor]
+Recipe = Callable[[State], tuple[Tensor, ...]]
+
+
+class PackedWeights:
+    """What plans read instead of the network's parameters. Tensors keep their memory when weights are swapped.
+
+    Convolution weights are of ``dtype``, in the order that every product takes ([Cout][kh][kw][C]); biases, norms and
+    all of the time embedding are float32. Made from the parameters as they are, so a float32 network rounds once.
+    """
+
+    def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = model.config, dtype, device
+        self._state: State = dict(model.state_dict())
+        self._made: dict[object, tuple[Recipe, tuple[Tensor, ...]]] = {}
+        self._lock = Lock()
+        self.version = 0  # one more after each swap: what was computed from weights is then made anew
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensors in self._made.values() for tensor in tensors)
+
+    def get(self, weight: Weight) -> Tensor:
+        """The tensor of one weight, made at the first call."""
+        dtype = torch.float32 if weight.form == "vector" else self.dtype
+        return self.made(weight, lambda state: (_formed(state, weight).to(dtype),))[0]
+
+    def total(self, vectors: tuple[Weight, ...]) -> Tensor | None:
+        """The sum of some biases; those the network has not count as nothing."""
+        vectors = tuple(vector for vector in vectors if vector.name in self._state)
+        if not vectors:
+            return None
+        return self.made(vectors, lambda state: (torch.stack([_formed(state, v) for v in vectors]).sum(0),))[0]
+
+    def norm(self, path: str) -> tuple[Tensor, Tensor]:
+        """(gamma, beta) of a norm."""
+        gamma, beta = Weight(f"{path}.weight", "vector"), Weight(f"{path}.bias", "vector")
+        return self.get(gamma), self.get(beta)
+
+    def made(self, key: object, recipe: Recipe) -> tuple[Tensor, ...]:
+        """What ``recipe`` makes of the state dict, on this device, once per key."""
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = (recipe, self._run(recipe, self._state))
+            return self._made[key][1]
+
+    def swap(self, model: UNet) -> None:
+        """Other weights of the same network, written into the same memory.
+
+        Raises ``IdmFastError``, with nothing changed, for a network of another shape.
+        """
+        new: State = dict(model.state_dict())
+        shapes = {name: tuple(tensor.shape) for name, tensor in new.items()}
+        for name, tensor in self._state.items():
+            if shapes.get(name) != tuple(tensor.shape):
+                got = shapes.get(name, "none of that name")
+                raise IdmFastError(f"swap_weights: {name} must be of shape {tuple(tensor.shape)}, got {got}")
+        if model.config != self.config:
+            raise IdmFastError("swap_weights: model must have the engine's configuration, got another one")
+        with self._lock:
+            for recipe, tensors in self._made.values():
+                for old, tensor in zip(tensors, self._run(recipe, new), strict=True):
+                    old.copy_(tensor)
+            self._state = new
+            self.version += 1
+
+    def _run(self, recipe: Recipe, state: State) -> tuple[Tensor, ...]:
+        # Not inference tensors, even under inference mode: swapping writes them, and packing counts their versions.
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(tensor.detach().to(self.device, copy=True) for tensor in recipe(state))
+
+
+def _formed(state: State, weight: Weight) -> Tensor:
+    """float32, in the memory order of its form."""
+    tensor = state[weight.name].float()
+    if weight.rows is not None:
+        tensor = tensor[slice(*weight.rows)]
+    if weight.columns is not None:
+        tensor = tensor[:, slice(*weight.columns)]
+    if weight.form == "phases":
+        return phase_weights(tensor)
+    if weight.form == "matrix":
+        return tensor.flatten(1).contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last) if weight.form == "conv" else tensor
