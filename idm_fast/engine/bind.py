@@ -11,30 +11,13 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine import nodes
-from idm_fast.engine.nodes import Columns, Node, StatsValue, Value
+from idm_fast.engine.buffers import Buffers
+from idm_fast.engine.nodes import Node, StatsValue, Value
 from idm_fast.engine.weights import PackedWeights
-from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.dispatch import Op
 from idm_fast.ops import OPS
 
 Call = Callable[[], object]
-
-
-@dataclass
-class Buffers:
-    """Where everything lies that calls read and write."""
-
-    tensors: dict[Value, Tensor]
-    stats: dict[StatsValue, ChannelStats]
-    row: Tensor  # float32 [1, S]
-    rows: Tensor  # float32 [T, S]
-    coefficients: Tensor  # float32 [T, 8], the sampler's
-    step: Tensor  # int64 [1]
-    seeds: Tensor  # int64 [N]
-
-    def columns(self, columns: Columns | None) -> Tensor | None:
-        """[N, width]: the same for every sample."""
-        return None if columns is None else self.row[:, slice(*columns)].expand(len(self.seeds), -1)
 
 
 @dataclass(frozen=True)
