@@ -6,6 +6,8 @@
 #include "attention/attention.h"
 #include "common/bind.h"
 #include "common/cpu_isa.h"
+#include "common/program.h"
+#include "common/step.h"
 #include "common/threads.h"
 #include "dynamic_threshold/dynamic_threshold.h"
 #include "conv2d/conv2d.h"
@@ -31,20 +33,23 @@ PYBIND11_MODULE(_C, m) {
         return layout;
       }));
 
-  m.def("attention", &idm::attention, NoGil());
-  m.def("group_norm_silu", &idm::group_norm_silu, NoGil());
-  m.def("channel_stats", &idm::channel_stats, NoGil());
-  m.def("norm_coefficients", &idm::norm_coefficients, NoGil());
-  m.def("sampler_update", &idm::sampler_update, NoGil());
-  m.def("philox_normal", &idm::philox_normal, NoGil());
-  m.def("dynamic_threshold", &idm::dynamic_threshold, NoGil());
-  m.def("vq_nearest", &idm::vq_nearest, NoGil());
+  idm::Ops ops(m);  // each as a function and as a call that a Program records
+  ops.def("attention", &idm::attention);
+  ops.def("group_norm_silu", &idm::group_norm_silu);
+  ops.def("channel_stats", &idm::channel_stats);
+  ops.def("norm_coefficients", &idm::norm_coefficients);
+  ops.def("sampler_update", &idm::sampler_update);
+  ops.def("philox_normal", &idm::philox_normal);
+  ops.def("dynamic_threshold", &idm::dynamic_threshold);
+  ops.def("vq_nearest", &idm::vq_nearest);
+  ops.def("table_row", &idm::table_row);
+  ops.def("advance", &idm::advance);
 
-  m.def("conv2d", &idm::conv2d, NoGil());
+  ops.def("conv2d", &idm::conv2d);
   m.def("conv2d_pack", &idm::conv2d_pack, NoGil());
   m.def("conv2d_packed_bytes", &idm::conv2d_packed_bytes);
   m.def("conv2d_block_rows", &idm::conv2d_block_rows);
-  m.def("conv2d_int8", &idm::conv2d_int8, NoGil());
+  ops.def("conv2d_int8", &idm::conv2d_int8);
   m.def("conv2d_int8_pack", &idm::conv2d_int8_pack, NoGil());
   m.def("conv2d_int8_packed_bytes", &idm::conv2d_int8_packed_bytes);
   m.def("conv2d_int8_block_rows", &idm::conv2d_int8_block_rows);

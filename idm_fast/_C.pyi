@@ -7,6 +7,16 @@ class Layout:
 
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]] | tuple[int, Layout]
 
+class Program:
+    # Every function below that returns nothing and is no conv2d*_pack is also a method here, which records the call.
+    def __init__(self) -> None: ...
+    def run(self, repeats: int = 1, threads: int = 0) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def names(self) -> list[str]: ...
+    def table_row(self, table: View, counter: View, out: View, /) -> None: ...
+    def advance(self, counter: View, by: int, /) -> None: ...
+
 def attention(q: View, k: View, v: View, out: View, scale: float, threads: int, /) -> None: ...
 def group_norm_silu(
     x: View,
@@ -48,16 +58,28 @@ def sampler_update(
     history: View,
     table: View,
     step: int,
+    counter: View | None,
     seeds: View,
     network_input: View | None,
     threshold: View | None,
+    base: View | None,
     unshuffle: int,
     threads: int,
     /,
 ) -> None: ...
 def dynamic_threshold(
-    x: View, model_output: View, table: View, step: int, quantile: float, out: View, threads: int, /
+    x: View,
+    model_output: View,
+    table: View,
+    step: int,
+    counter: View | None,
+    quantile: float,
+    out: View,
+    threads: int,
+    /,
 ) -> None: ...
+def table_row(table: View, counter: View, out: View, /) -> None: ...
+def advance(counter: View, by: int, /) -> None: ...
 def philox_normal(out: View, seeds: View, step: int, threads: int, /) -> None: ...
 def conv2d(
     x: View,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,18 @@ _CODES = {
 
 Layout = Any  # _C.Layout: what a View says but for the address, checked once and kept
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+class Prepared(NamedTuple):
+    """A native call made ready: what ``prepare`` beside each native implementation makes of that one's arguments.
+
+    ``arguments`` go to the function of ``_C``, or of ``_C.Program``, of the operation's name. They are addresses: they
+    hold for as long as the tensors that ``prepare`` got, ``result`` and ``keep`` live and stay where they are.
+    """
+
+    arguments: tuple[Any, ...]
+    result: Any = None  # what the implementation returns
+    keep: tuple[Tensor, ...] = ()  # made on the way, such as packed weights
 
 
 def require_native() -> ModuleType:

@@ -237,8 +237,21 @@ def grad(tensor: torch.Tensor) -> torch.Tensor:
         ),
         (
             lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, unshuffle=2),
-            r"unshuffle must be the layout of a network_input = 1 without one, got 2",
+            r"unshuffle must be the layout of a network_input or of model_output = 1 without one of them, got 2",
         ),
+        (
+            lambda: sampler_update(X, X[:, :2], X + 0, TABLE, 0, SEEDS, unshuffle=2),
+            r"model_output must be of pixel_unshuffle\(x\)'s shape = \[2, 32, 2, 2\], got \[2, 2, 4, 4\]",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, base=X[:1]),
+            r"base must be of x's shape = \[2, 8, 4, 4\], got \[1, 8, 4, 4\]",
+        ),
+        (
+            lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, base=X.half()),
+            r"base must be of dtype = float32, got float16",
+        ),
+        (lambda: sampler_update(X, X + 0, X + 0, TABLE, 0, SEEDS, base=X), r"x must be apart from base = no overlap"),
         (lambda: group_norm_silu(X, 2, out=grad(X)), r"no input must require grad"),
     ],
 )

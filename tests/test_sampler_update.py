@@ -151,12 +151,18 @@ def test_native_checks_for_itself() -> None:
     x, row = X + 0, ROWS
     good = (view(x), view(X + 0), view(X + 0), view(row))
     with pytest.raises(ValueError, match="sampler_update: step must be a row of table"):
-        native.sampler_update(*good, 3, view(SEEDS), None, None, 1, 1)
+        native.sampler_update(*good, 3, None, view(SEEDS), None, None, None, 1, 1)
     with pytest.raises(ValueError, match="sampler_update: unshuffle must divide"):
-        native.sampler_update(*good, 0, view(SEEDS), view(X + 0), None, 3, 1)
+        native.sampler_update(*good, 0, None, view(SEEDS), view(X + 0), None, None, 3, 1)
     with pytest.raises(ValueError, match="sampler_update: network_input must have dense channels"):
-        native.sampler_update(*good, 0, view(SEEDS), view((X + 0).contiguous()), None, 1, 1)
+        native.sampler_update(*good, 0, None, view(SEEDS), view((X + 0).contiguous()), None, None, 1, 1)
+    with pytest.raises(ValueError, match=r"sampler_update: model_output must be .* or of pixel_unshuffle"):
+        native.sampler_update(good[0], view(X[:, :2]), *good[2:], 0, None, view(SEEDS), None, None, None, 2, 1)
+    with pytest.raises(ValueError, match="sampler_update: base must have the shape of x"):
+        native.sampler_update(*good, 0, None, view(SEEDS), None, None, view(X[:1] + 0), 1, 1)
+    with pytest.raises(ValueError, match="sampler_update: counter must be int64"):
+        native.sampler_update(*good, 0, view(SEEDS), view(SEEDS), None, None, None, 1, 1)
     with pytest.raises(ValueError, match="must not overlap"):
-        native.sampler_update(view(x), view(x), *good[2:], 0, view(SEEDS), None, None, 1, 1)
+        native.sampler_update(view(x), view(x), *good[2:], 0, None, view(SEEDS), None, None, None, 1, 1)
     with pytest.raises(ValueError, match="dynamic_threshold: quantile must lie"):
-        native.dynamic_threshold(view(x), view(X), view(row), 0, 2.0, view(torch.zeros(2)), 1)
+        native.dynamic_threshold(view(x), view(X), view(row), 0, None, 2.0, view(torch.zeros(2)), 1)

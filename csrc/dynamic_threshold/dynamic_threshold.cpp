@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/step.h"
 #include "common/threads.h"
 #include "dynamic_threshold/contract.h"
 
@@ -59,8 +60,9 @@ float select(const std::vector<uint32_t>& magnitudes, int64_t count, const int64
 }  // namespace
 
 void dynamic_threshold(const TensorView& x, const TensorView& model_output, const TensorView& table, int64_t step,
-                       double quantile, const TensorView& out, int threads) {
+                       const TensorView& counter, double quantile, const TensorView& out, int threads) {
   check_dynamic_threshold(x, model_output, table, step, quantile, out);
+  step = counted_row("dynamic_threshold", step, counter, table.shape[0]);
   if (x.numel() == 0) return;
   const int64_t elements = x.numel() / x.shape[0], spans = (elements + kSpan - 1) / kSpan;
   const int64_t output_bytes = element_size(model_output.dtype);

@@ -15,11 +15,11 @@
 
 namespace idm {
 
-// Both raise std::invalid_argument before anything is written.
+// Both raise std::invalid_argument before anything is written. `counter`: null, or int64 [1] where the tensors are that
+// says the step instead, when the call runs; outside the table it is the nearest row.
 void dynamic_threshold(const TensorView& x, const TensorView& model_output, const TensorView& table, int64_t step,
-                       double quantile, const TensorView& out, int threads);
+                       const TensorView& counter, double quantile, const TensorView& out, int threads);
 
-// `counter`: null, or int64 [1] on the device that says the step instead; outside the table it is the nearest row.
 void dynamic_threshold_cuda(const TensorView& x, const TensorView& model_output, const TensorView& table, int64_t step,
                             const TensorView& counter, double quantile, const TensorView& out, uint64_t stream);
 

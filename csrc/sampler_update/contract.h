@@ -27,38 +27,53 @@ inline int64_t position_stride(const TensorView& t) {
   return even ? pitch : 0;
 }
 
-// Returns the position stride of network_input, 0 without one. x is not empty.
-inline int64_t check_sampler_update(const TensorView& x, const TensorView& model_output, const TensorView& history,
-                                    const TensorView& table, int64_t step, const TensorView& seeds,
-                                    const TensorView& network_input, const TensorView& threshold, int64_t unshuffle) {
+// What the checks find out: the position stride of network_input (0 without one), and whether model_output lies in the
+// network's layout.
+struct SamplerLayout {
+  int64_t pitch;
+  bool shuffled;
+};
+
+inline bool unshuffled_from(const TensorView& t, const TensorView& x, int64_t f) {
+  return t.ndim == 4 && t.shape[0] == x.shape[0] && t.shape[1] == x.shape[1] * f * f && t.shape[2] == x.shape[2] / f &&
+         t.shape[3] == x.shape[3] / f;
+}
+
+// x is not empty.
+inline SamplerLayout check_sampler_update(const TensorView& x, const TensorView& model_output, const TensorView& history,
+                                          const TensorView& table, int64_t step, const TensorView& seeds,
+                                          const TensorView& network_input, const TensorView& threshold,
+                                          const TensorView& base, int64_t unshuffle) {
   constexpr const char* kOp = "sampler_update";
   check_images(kOp, x, "x");
   check_images(kOp, history, "history");
   require(same_shape(x, history), kOp, "history must have the shape of x");
-  require(model_output && same_shape(x, model_output) && is_float(model_output) && is_nhwc(model_output), kOp,
-          "model_output must be a float tensor of x's shape in NHWC order");
+  const int64_t N = x.shape[0], f = unshuffle;
+  require(f >= 1 && x.shape[2] % f == 0 && x.shape[3] % f == 0, kOp, "unshuffle must divide the height and the width");
+  const bool plain = same_shape(x, model_output);
+  require(model_output && (plain || unshuffled_from(model_output, x, f)) && is_float(model_output) && is_nhwc(model_output),
+          kOp, "model_output must be a float tensor of x's shape, or of pixel_unshuffle(x)'s, in NHWC order");
+  if (base) check_images(kOp, base, "base");
+  require(!base || same_shape(x, base), kOp, "base must have the shape of x");
   require(table && table.ndim == 2 && table.shape[1] == 8 && table.dtype == DType::kFloat32 && is_contiguous(table), kOp,
           "table must be float32 [T, 8]");
   require(step >= 0 && step < table.shape[0], kOp, "step must be a row of table");
-  const int64_t N = x.shape[0], f = unshuffle;
   check_seeds(kOp, seeds, N);
   require(!threshold || (threshold.ndim == 1 && threshold.dtype == DType::kFloat32 && threshold.shape[0] == N &&
                          is_contiguous(threshold)),
           kOp, "threshold must be float32 [N]");
-  require(f >= 1 && x.shape[2] % f == 0 && x.shape[3] % f == 0, kOp, "unshuffle must divide the height and the width");
   int64_t pitch = 0;
   if (network_input) {
     const TensorView& t = network_input;
-    require(t.ndim == 4 && is_float(t) && t.shape[0] == N && t.shape[1] == x.shape[1] * f * f &&
-                t.shape[2] == x.shape[2] / f && t.shape[3] == x.shape[3] / f,
-            kOp, "network_input must be a float tensor [N, C f^2, H / f, W / f]");
+    require(is_float(t) && unshuffled_from(t, x, f), kOp, "network_input must be a float tensor [N, C f^2, H / f, W / f]");
     pitch = position_stride(t);
     require(pitch > 0, kOp, "network_input must have dense channels and evenly spaced positions");
   }
   require(apart(x, history) && apart(x, model_output) && apart(history, model_output) && apart(network_input, x) &&
-              apart(network_input, history) && apart(network_input, model_output),
-          kOp, "x, history, model_output and network_input must not overlap");
-  return pitch;
+              apart(network_input, history) && apart(network_input, model_output) && apart(base, x) && apart(base, history) &&
+              apart(base, network_input),
+          kOp, "x, history, network_input and what is read must not overlap");
+  return {pitch, !plain};
 }
 
 inline void check_philox_normal(const TensorView& out, const TensorView& seeds, int64_t step) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/step.h"
 #include "common/threads.h"
 #include "sampler_update/contract.h"
 
@@ -20,22 +21,33 @@ const SamplerKernels& kernels() {
   return *kTables[static_cast<int>(cpu_isa())];
 }
 
-// offsets[p]: where element p = w * C + c of an image's row 0 lies in the network's layout.
-const int64_t* input_offsets(int64_t C, int64_t W, int64_t f, int64_t pitch) {
-  thread_local std::vector<int64_t> offsets;
-  offsets.resize(static_cast<size_t>(C * W));
-  for (int64_t w = 0; w < W; ++w)
-    for (int64_t c = 0; c < C; ++c) offsets[static_cast<size_t>(w * C + c)] = w / f * pitch + c * f * f + w % f;
-  return offsets.data();
+// Kept from call to call: the same image comes again at every step.
+struct Offsets {
+  int64_t C = 0, W = 0, f = 0, pitch = 0;
+  std::vector<int64_t> of;  // where element p = w * C + c of an image's row 0 lies in the network's layout
+};
+
+SamplerSpan::Places places(Offsets& known, int64_t C, int64_t W, int64_t f, int64_t pitch) {
+  if (known.C != C || known.W != W || known.f != f || known.pitch != pitch) {
+    known.C = 0;  // until it is whole
+    known.of.resize(static_cast<size_t>(C * W));
+    for (int64_t w = 0; w < W; ++w)
+      for (int64_t c = 0; c < C; ++c) known.of[static_cast<size_t>(w * C + c)] = w / f * pitch + c * f * f + w % f;
+    known.C = C, known.W = W, known.f = f, known.pitch = pitch;
+  }
+  return {known.of.data(), W / f * pitch};
 }
 
 }  // namespace
 
 void sampler_update(const TensorView& x, const TensorView& model_output, const TensorView& history,
-                    const TensorView& table, int64_t step, const TensorView& seeds, const TensorView& network_input,
-                    const TensorView& threshold, int64_t unshuffle, int threads) {
+                    const TensorView& table, int64_t step, const TensorView& counter, const TensorView& seeds,
+                    const TensorView& network_input, const TensorView& threshold, const TensorView& base,
+                    int64_t unshuffle, int threads) {
   if (x.numel() == 0) return;
-  const int64_t pitch = check_sampler_update(x, model_output, history, table, step, seeds, network_input, threshold, unshuffle);
+  const auto [pitch, shuffled] = check_sampler_update(x, model_output, history, table, step, seeds, network_input,
+                                                      threshold, base, unshuffle);
+  step = counted_row("sampler_update", step, counter, table.shape[0]);
   const int64_t N = x.shape[0], C = x.shape[1], H = x.shape[2], W = x.shape[3], f = unshuffle;
 
   SamplerRow row;
@@ -48,17 +60,19 @@ void sampler_update(const TensorView& x, const TensorView& model_output, const T
   SamplerSpan common{};
   common.row = W * C;
   common.unshuffle = f;
-  common.row_stride = W / f * pitch;
-  common.offsets = network_input && (f > 1 || pitch != C) ? input_offsets(C, W, f, pitch) : nullptr;
+  thread_local Offsets of_input, of_output;
+  if (network_input && (f > 1 || pitch != C)) common.input = places(of_input, C, W, f, pitch);
+  if (shuffled) common.output = places(of_output, C, W, f, C * f * f);
   common.word2 = static_cast<uint32_t>(step + 1);
   common.limit = row.clamp;
   common.rescale = static_cast<bool>(threshold);
-  auto task = [&](int64_t index, int) {
+  auto task = [&, pitch = pitch](int64_t index, int) {
     const int64_t n = index / spans, begin = index % spans * kSpan;
     SamplerSpan span = common;
     span.x = x.as<float>() + n * elements;
     span.model_output = model_output.data + n * elements * output_bytes;
     span.history = history.as<float>() + n * elements;
+    if (base) span.base = base.as<const float>() + n * elements;
     span.network_input = network_input ? network_input.data + n * H * W / (f * f) * pitch * input_bytes : nullptr;
     span.begin = begin;
     span.end = std::min(begin + kSpan, elements);

@@ -15,6 +15,7 @@ constexpr int kLanes = 4;
 struct UpdateArgs {
   float* x;
   float* history;
+  const float* base;  // or null
   const float* table;
   const int64_t* counter;  // or null
   const int64_t* seeds;
@@ -23,6 +24,7 @@ struct UpdateArgs {
   int64_t elements, blocks;  // of one sample
   int64_t channels, width, pitch, unshuffle;
   bool plain;    // network_input is laid out as x
+  bool shuffled;  // model_output is not
   bool aligned;  // four elements lie in one word of 16 or 8 bytes, everywhere
 };
 
@@ -60,6 +62,14 @@ __device__ __forceinline__ void store4(T* p, bool aligned, int count, const floa
   }
 }
 
+// Where element e of sample n lies in the network's own layout, whose positions are `pitch` elements apart.
+__device__ __forceinline__ int64_t unshuffled(const UpdateArgs& a, int64_t n, int64_t e, int64_t pitch) {
+  const int64_t f = a.unshuffle, position = e / a.channels, channel = e - position * a.channels;
+  const int64_t h = position / a.width, w = position - h * a.width;
+  const int64_t image = a.elements / a.channels / (f * f);
+  return (n * image + h / f * (a.width / f) + w / f) * pitch + (channel * f + h % f) * f + w % f;
+}
+
 template <class M, class I>
 __global__ void __launch_bounds__(kThreads) update_kernel(UpdateArgs a, const M* model_output, I* network_input) {
   const int64_t n = blockIdx.x / a.blocks;
@@ -75,7 +85,19 @@ __global__ void __launch_bounds__(kThreads) update_kernel(UpdateArgs a, const M*
 
   float old[kLanes], output[kLanes], past[kLanes] = {}, x0[kLanes], next[kLanes];
   load4(a.x + at, a.aligned, count, old);
-  load4(model_output + at, a.aligned, count, output);
+  if (a.shuffled) {
+    const int64_t pitch = a.channels * a.unshuffle * a.unshuffle;
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) output[j] = j < count ? to_float(model_output[unshuffled(a, n, e + j, pitch)]) : 0.0f;
+  } else {
+    load4(model_output + at, a.aligned, count, output);
+  }
+  if (a.base != nullptr) {
+    float base[kLanes];
+    load4(a.base + at, a.aligned, count, base);
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) output[j] += base[j];
+  }
   if (c != 0.0f) load4(a.history + at, a.aligned, count, past);
   float4 noise = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (s != 0.0f)
@@ -99,15 +121,9 @@ __global__ void __launch_bounds__(kThreads) update_kernel(UpdateArgs a, const M*
     store4(network_input + at, a.aligned, count, next);
     return;
   }
-  const int64_t f = a.unshuffle, image = a.elements / a.channels / (f * f) * a.pitch;
 #pragma unroll
-  for (int j = 0; j < kLanes; ++j) {
-    if (j >= count) break;
-    const int64_t position = (e + j) / a.channels, channel = (e + j) - position * a.channels;
-    const int64_t h = position / a.width, w = position - h * a.width;
-    const int64_t lane = (channel * f + h % f) * f + w % f;
-    network_input[n * image + (h / f * (a.width / f) + w / f) * a.pitch + lane] = from_float<I>(next[j]);
-  }
+  for (int j = 0; j < kLanes; ++j)
+    if (j < count) network_input[unshuffled(a, n, e + j, a.pitch)] = from_float<I>(next[j]);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -133,13 +149,16 @@ bool in_words(const TensorView& t) { return reinterpret_cast<uintptr_t>(t.data) 
 
 void sampler_update_cuda(const TensorView& x, const TensorView& model_output, const TensorView& history,
                          const TensorView& table, int64_t step, const TensorView& counter, const TensorView& seeds,
-                         const TensorView& network_input, const TensorView& threshold, int64_t unshuffle, uint64_t stream) {
+                         const TensorView& network_input, const TensorView& threshold, const TensorView& base,
+                         int64_t unshuffle, uint64_t stream) {
   if (x.numel() == 0) return;
-  const int64_t pitch = check_sampler_update(x, model_output, history, table, step, seeds, network_input, threshold, unshuffle);
+  const auto [pitch, shuffled] = check_sampler_update(x, model_output, history, table, step, seeds, network_input,
+                                                      threshold, base, unshuffle);
   require(!counter || (counter.dtype == DType::kInt64 && counter.numel() == 1), "sampler_update", "counter must be int64 [1]");
   UpdateArgs a{};
   a.x = x.as<float>();
   a.history = history.as<float>();
+  a.base = base.as<const float>();
   a.table = table.as<const float>();
   a.counter = counter.as<const int64_t>();
   a.seeds = seeds.as<const int64_t>();
@@ -153,8 +172,9 @@ void sampler_update_cuda(const TensorView& x, const TensorView& model_output, co
   a.pitch = pitch;
   a.unshuffle = unshuffle;
   a.plain = unshuffle == 1 && pitch == a.channels;
-  a.aligned = a.elements % kLanes == 0 && in_words(x) && in_words(history) && in_words(model_output) &&
-              (!network_input || !a.plain || in_words(network_input));
+  a.shuffled = shuffled;
+  a.aligned = a.elements % kLanes == 0 && in_words(x) && in_words(history) && (shuffled || in_words(model_output)) &&
+              (!base || in_words(base)) && (!network_input || !a.plain || in_words(network_input));
   const unsigned grid = grid_of("sampler_update", x.shape[0] * a.blocks);
   visit_float(model_output.dtype, [&](auto output) {
     using M = typename decltype(output)::type;

@@ -20,16 +20,19 @@ inline void store_input(I* p, vf v) {
 }
 inline void store_input(None*, vf) {}
 
-// One turn: kStride elements at x, model_output, history, input; `counter` is the number of the first element / 4.
+// One turn: kStride elements at x, model_output, base (or null), history, input; `counter` is the number of the first
+// element / 4.
 template <class M, class I>
 inline void turn(const SamplerRow& row, const SamplerSpan& span, uint64_t counter, float* x, const M* model_output,
-                 float* history, I* input) {
+                 const float* base, float* history, I* input) {
   vf noise[4];
   if (row.s != 0.0f) normals(counter, PhiloxStream{span.seed, span.word2}, noise);
   for (int i = 0; i < 4; ++i) {
     const int at = i * kWidth;
     const vf old = load(x + at);
-    vf x0 = old * row.k_x + load(model_output + at) * row.k_out;
+    vf output = load(model_output + at);
+    if (base) output += load(base + at);
+    vf x0 = old * row.k_x + output * row.k_out;
     if (span.rescale || span.limit > 0.0f) {  // comparisons that a NaN fails, so that it stays one
       x0 = x0 > span.limit ? splat(span.limit) : x0;
       x0 = x0 < -span.limit ? splat(-span.limit) : x0;
@@ -44,53 +47,75 @@ inline void turn(const SamplerRow& row, const SamplerSpan& span, uint64_t counte
   }
 }
 
-// Element e and those after it go to their places in the network's own layout.
-template <class I>
-inline void scatter(const SamplerSpan& span, int64_t e, const I* values, int64_t count) {
-  int64_t h = e / span.row, p = e % span.row;
-  I* input = reinterpret_cast<I*>(span.network_input);
-  while (count > 0) {
-    I* target = input + h / span.unshuffle * span.row_stride + h % span.unshuffle * span.unshuffle;
-    const int64_t here = count < span.row - p ? count : span.row - p;
-    const int64_t* offsets = span.offsets + p;
-    for (int64_t i = 0; i < here; ++i) target[offsets[i]] = values[i];
-    values += here;
-    count -= here;
+// body(first element of the image row in the network's own layout, offsets from there, how many, how many before) for
+// each piece of an image row that elements [e, e + count) have.
+template <class F>
+inline void each_row(const SamplerSpan& span, const SamplerSpan::Places& places, int64_t e, int64_t count, const F& body) {
+  int64_t h = e / span.row, p = e % span.row, done = 0;
+  while (done < count) {
+    const int64_t here = count - done < span.row - p ? count - done : span.row - p;
+    body(h / span.unshuffle * places.stride + h % span.unshuffle * span.unshuffle, places.offsets + p, here, done);
+    done += here;
     ++h;
     p = 0;
   }
 }
+
+// Element e and those after it go to their places in the network's own layout.
+template <class I>
+inline void scatter(const SamplerSpan& span, int64_t e, const I* values, int64_t count) {
+  I* input = reinterpret_cast<I*>(span.network_input);
+  each_row(span, span.input, e, count, [&](int64_t first, const int64_t* offsets, int64_t here, int64_t done) {
+    for (int64_t i = 0; i < here; ++i) input[first + offsets[i]] = values[done + i];
+  });
+}
 inline void scatter(const SamplerSpan&, int64_t, const None*, int64_t) {}
+
+// The way back: model_output's elements from their places.
+template <class M>
+inline void gather(const SamplerSpan& span, int64_t e, M* values, int64_t count) {
+  const M* output = reinterpret_cast<const M*>(span.model_output);
+  each_row(span, span.output, e, count, [&](int64_t first, const int64_t* offsets, int64_t here, int64_t done) {
+    for (int64_t i = 0; i < here; ++i) values[done + i] = output[first + offsets[i]];
+  });
+}
 
 template <class M, class I>
 void update(const SamplerRow& row, const SamplerSpan& span) {
   const M* model_output = reinterpret_cast<const M*>(span.model_output);
   I* input = reinterpret_cast<I*>(span.network_input);
   I cast[kStride] = {};
+  M gathered[kStride] = {};
   int64_t e = span.begin;
   for (; e + kStride <= span.end; e += kStride) {
-    I* target = span.offsets ? cast : input + e;
+    I* target = span.input.offsets ? cast : input + e;
     // The network has driven these out of the caches between two updates: ask for them early.
     for (int64_t ahead = kPrefetch; ahead < kPrefetch + kStride; ahead += 16) {
       __builtin_prefetch(span.x + e + ahead, 1);
       __builtin_prefetch(span.history + e + ahead, 1);
+      if (span.base) __builtin_prefetch(span.base + e + ahead);
       if (ahead % (64 / sizeof(M)) == 0) __builtin_prefetch(model_output + e + ahead);
     }
-    turn(row, span, static_cast<uint64_t>(e) / 4, span.x + e, model_output + e, span.history + e, target);
-    if (span.offsets) scatter(span, e, cast, kStride);
+    if (span.output.offsets) gather(span, e, gathered, kStride);
+    turn(row, span, static_cast<uint64_t>(e) / 4, span.x + e, span.output.offsets ? gathered : model_output + e,
+         span.base ? span.base + e : nullptr, span.history + e, target);
+    if (span.input.offsets) scatter(span, e, cast, kStride);
   }
   if (e == span.end) return;
 
   const size_t left = static_cast<size_t>(span.end - e);
-  float x[kStride] = {}, history[kStride] = {};
-  M output[kStride] = {};
+  float x[kStride] = {}, history[kStride] = {}, base[kStride] = {};
   std::memcpy(x, span.x + e, left * sizeof(float));
-  std::memcpy(output, model_output + e, left * sizeof(M));
+  if (span.base) std::memcpy(base, span.base + e, left * sizeof(float));
+  if (span.output.offsets)
+    gather(span, e, gathered, span.end - e);
+  else
+    std::memcpy(gathered, model_output + e, left * sizeof(M));
   std::memcpy(history, span.history + e, left * sizeof(float));
-  turn(row, span, static_cast<uint64_t>(e) / 4, x, output, history, cast);
+  turn(row, span, static_cast<uint64_t>(e) / 4, x, gathered, span.base ? base : nullptr, history, cast);
   std::memcpy(span.x + e, x, left * sizeof(float));
   std::memcpy(span.history + e, history, left * sizeof(float));
-  if (span.offsets) {
+  if (span.input.offsets) {
     scatter(span, e, cast, span.end - e);
   } else if (input) {
     std::memcpy(input + e, cast, left * sizeof(I));

@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats, piece_rows
-from idm_fast.kernels.extension import require_native, view
+from idm_fast.kernels.extension import Prepared, require_native, view
 
 native = require_native()
 
 
-def channel_stats(
+def prepare(
     x: Tensor,  # [N, C, H, W] channels_last
     out: ChannelStats,
-) -> None:
+) -> Prepared:
     size = piece_rows(x.shape[2] * x.shape[3])
-    native.channel_stats(view(x), view(out.partials), view(out.counts), size, torch.get_num_threads())
+    return Prepared((view(x), view(out.partials), view(out.counts), size, torch.get_num_threads()))
+
+
+def channel_stats(x: Tensor, out: ChannelStats) -> None:
+    native.channel_stats(*prepare(x, out).arguments)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.extension import layout, optional_view, require_native, view
+from idm_fast.kernels.extension import Prepared, layout, optional_view, require_native, view
 from idm_fast.kernels.group_norm_silu import empty_beside
 
 native = require_native()
 
 
-def group_norm_silu(
+def prepare(
     x: Tensor,  # [N, C1, H, W] channels_last
     num_groups: int,
     weight: Tensor | None,
@@ -27,8 +27,8 @@ def group_norm_silu(
     stats: ChannelStats | None,
     skip_stats: ChannelStats | None,
     out: Tensor,  # [N, C, H, W] channels_last
-) -> None:
-    native.group_norm_silu(
+) -> Prepared:
+    arguments = (
         view(x),
         view(out),
         optional_view(weight),
@@ -45,6 +45,25 @@ def group_norm_silu(
         silu,
         torch.get_num_threads(),
     )
+    return Prepared(arguments)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    skip: Tensor | None,
+    stats: ChannelStats | None,
+    skip_stats: ChannelStats | None,
+    out: Tensor,
+) -> None:
+    call = prepare(x, num_groups, weight, bias, eps, scale, shift, silu, skip, stats, skip_stats, out)
+    native.group_norm_silu(*call.arguments)
 
 
 def _prepare(

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.extension import optional_view, require_native, view
+from idm_fast.kernels.extension import Prepared, optional_view, require_native, view
 
 native = require_native()
 
 
-def norm_coefficients(
+def prepare(
     stats: ChannelStats,
     num_groups: int,
     weight: Tensor | None,
@@ -21,8 +21,8 @@ def norm_coefficients(
     shift: Tensor | None,
     skip_stats: ChannelStats | None,
     out: Tensor,  # [N, 3, C]
-) -> None:
-    native.norm_coefficients(
+) -> Prepared:
+    arguments = (
         view(stats.partials),
         view(stats.counts),
         None if skip_stats is None else view(skip_stats.partials),
@@ -36,3 +36,19 @@ def norm_coefficients(
         view(out),
         torch.get_num_threads(),
     )
+    return Prepared(arguments)
+
+
+def norm_coefficients(
+    stats: ChannelStats,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    skip_stats: ChannelStats | None,
+    out: Tensor,
+) -> None:
+    call = prepare(stats, num_groups, weight, bias, eps, scale, shift, skip_stats, out)
+    native.norm_coefficients(*call.arguments)

@@ -17,7 +17,7 @@ COLUMNS = ("k_x", "k_out", "a", "b", "c", "s", "clamp", "reserved")
 
 def sampler_update(
     x: Tensor,  # [N, C, H, W] float32, updated in place
-    model_output: Tensor,  # [N, C, H, W]
+    model_output: Tensor,  # [N, C, H, W], or [N, C f^2, H / f, W / f]
     history: Tensor,  # [N, C, H, W] float32, overwritten with x0_hat
     table: Tensor,  # [T, 8] float32, columns as in COLUMNS
     step: int | Tensor,  # a Tensor: int64, one element, on x's device
@@ -26,8 +26,9 @@ def sampler_update(
     network_input: Tensor | None = None,  # [N, C f^2, H / f, W / f] any float dtype, receives a cast of the new x
     threshold: Tensor | None = None,  # [N] float32, > 0
     unshuffle: int = 1,  # f
+    base: Tensor | None = None,  # [N, C, H, W] float32
 ) -> None:
-    """x0_hat = clamp(k_x x + k_out model_output, +-clamp);  x = a x + b x0_hat + c history + s noise.
+    """x0_hat = clamp(k_x x + k_out (model_output + base), +-clamp);  x = a x + b x0_hat + c history + s noise.
 
     Then history = x0_hat and network_input = pixel_unshuffle(x, f). The coefficients are row ``step`` of ``table``.
     clamp <= 0 means no clamp. Where c == 0 the history is not read, so it may hold anything at the first step. Where
@@ -39,6 +40,8 @@ def sampler_update(
     outside the table cannot be refused; it counts as the nearest row. ``threshold`` t (``dynamic_threshold`` makes it)
     replaces the clamp: x0_hat = clamp(..., +-t) / t, per image. ``network_input`` may be some channels of a wider
     channels_last tensor, beside the condition's: with f > 1 the slice that pixel_unshuffle of the concatenation has.
+    ``model_output`` may come as such a network stores it, pixel_unshuffle(output, f). ``base`` is the condition of a
+    residual network: added in float32, so that it is not rounded to the network's dtype.
 
     The fast backends take channels_last tensors; any other dense layout runs on ``torch``.
 
@@ -54,12 +57,13 @@ def sampler_update(
         None if network_input is None else contract.facts(network_input),
         None if threshold is None else contract.facts(threshold),
         contract.facts(step) if isinstance(step, Tensor) else None,
+        None if base is None else contract.facts(base),
         unshuffle,
         forced_backends(),
     )
     again = _known.get(key)
-    arguments = (x, model_output, history, table, step, seeds, network_input, threshold, unshuffle)
-    tensors = (x, model_output, history, table, network_input, threshold)
+    arguments = (x, model_output, history, table, step, seeds, network_input, threshold, unshuffle, base)
+    tensors = (x, model_output, history, table, network_input, threshold, base)
     if again is not None and not contract.wants_grad(*tensors) and again(*arguments):
         return
     contract.check_all(*arguments)
@@ -89,9 +93,11 @@ def _nhwc_only(
     network_input: Tensor | None = None,
     threshold: Tensor | None = None,
     unshuffle: int = 1,
+    base: Tensor | None = None,
 ) -> str | None:
-    for name, tensor in (("x", x), ("model_output", model_output), ("history", history)):
-        if not check.is_nhwc(tensor):
+    images = (("x", x), ("model_output", model_output), ("history", history), ("base", base))
+    for name, tensor in images:
+        if tensor is not None and not check.is_nhwc(tensor):
             return f"takes channels_last tensors, {name} is not"
     if network_input is not None:
         if not contract.position_stride(network_input):
@@ -103,7 +109,7 @@ def _nhwc_only(
 
 OP = Op(
     NAME,
-    "x = a x + b clamp(k_x x + k_out model_output) + c history + s noise",
+    "x = a x + b clamp(k_x x + k_out (model_output + base)) + c history + s noise",
     [
         Backend(
             "triton",

@@ -35,6 +35,8 @@ def case(
     beside: tuple[int, int] = (0, 0),  # channels of the condition before and after x's, each times unshuffle^2
     step: int | None = None,  # a counter on the device with this value; rows 0 and 2 must not be read, but beyond them
     threshold: bool = False,
+    shuffled: bool = False,  # model_output is laid out as the network's input
+    base: bool = False,
     history_nan: bool = False,
     seeds: tuple[int, ...] | None = None,
     layer: bool = False,
@@ -56,6 +58,10 @@ def case(
             "seeds": torch.tensor(seeds or [17 * i + 3 for i in range(n)], dtype=torch.int64),
             "network_input": place_for(shape, dtype) if network_input else None,
         }
+        if shuffled:
+            inputs["model_output"] = F.pixel_unshuffle(output, unshuffle).contiguous(memory_format=torch.channels_last)
+        if base:
+            inputs["base"] = image(generator)
         if threshold:
             inputs["threshold"] = torch.linspace(1.0, 1.75, n)
         if unshuffle != 1:
@@ -73,7 +79,7 @@ def case(
 
     def bytes_moved(dtype: torch.dtype) -> int:
         size = element_size(dtype)
-        return elements * (4 + size + 4 * history_reads + 4 + 4 + (size if network_input else 0))
+        return elements * (4 + size + 4 * base + 4 * history_reads + 4 + 4 + (size if network_input else 0))
 
     return Case(name, why, make, bytes_moved, 60 * elements if row[5] else 10 * elements, layer)
 
@@ -95,6 +101,15 @@ CASES = [
         history_nan=True,
         layer=True,
     ),
+    case(
+        *("residual_128", "idm-128: its own output's layout, plus the condition", (1, 3, 128, 128), DDPM),
+        unshuffle=2,
+        beside=(0, 3),
+        shuffled=True,
+        base=True,
+        history_nan=True,
+        layer=True,
+    ),
     case("multistep_latent", "a multistep solver on a 4-channel latent", (4, 4, 32, 32), MULTISTEP, layer=True),
     case("odd", "75 elements: the last Philox counter is cut short", (3, 3, 5, 5), MULTISTEP),
     case("tiny", "one element an image", (2, 1, 1, 1), MULTISTEP),
@@ -112,6 +127,21 @@ CASES = [
     case("unshuffle_2", "an input of twice the channels' square", (2, 3, 6, 10), DDPM, unshuffle=2),
     case("unshuffle_2_slice", "the same beside a condition", (3, 3, 34, 38), DDPM, unshuffle=2, beside=(0, 3)),
     case("unshuffle_4_slice", "and behind one", (2, 1, 8, 12), DDPM, unshuffle=4, beside=(3, 0)),
+    case("base", "a residual network: the condition is added", (2, 3, 7, 5), DDPM, base=True, threshold=True),
+    case("shuffled_2", "the output as such a network has it", (2, 3, 6, 10), DDIM, unshuffle=2, shuffled=True),
+    case(
+        *("shuffled_2_base", "the same of a residual one, beside the condition", (3, 3, 34, 38), MULTISTEP),
+        unshuffle=2,
+        beside=(0, 3),
+        shuffled=True,
+        base=True,
+    ),
+    case(
+        *("shuffled_4_no_input", "and where nothing is made for the network", (2, 1, 8, 12), DDPM),
+        unshuffle=4,
+        shuffled=True,
+        network_input=False,
+    ),
     case("one_column", "one position a row: its stride says nothing", (2, 3, 4, 1), DDPM, beside=(1, 1)),
     case("no_input", "without a copy for the network", (2, 3, 8, 8), DDPM, network_input=False),
     case("seed_bits", "all 64 bits of a seed count", (4, 3, 8, 8), DDPM, seeds=(-1, 2**40 + 1, 1, -(2**63))),
@@ -146,7 +176,10 @@ def eager(inputs: Inputs) -> None:
     """The update as a sampler in plain torch has it, with torch's own generator."""
     x, history, network_input = inputs["x"], inputs["history"], inputs["network_input"]
     k_x, k_out, a, b, c, s, clamp, _ = inputs["table"][int(inputs["step"])].tolist()
-    x0_hat = k_x * x + k_out * inputs["model_output"].float()
+    output = inputs["model_output"]
+    if output.shape != x.shape:
+        output = F.pixel_shuffle(output, inputs["unshuffle"])
+    x0_hat = k_x * x + k_out * (output.float() + inputs["base"] if "base" in inputs else output.float())
     if clamp > 0:
         x0_hat = x0_hat.clamp(-clamp, clamp)
     new = a * x + b * x0_hat

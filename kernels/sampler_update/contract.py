@@ -25,10 +25,11 @@ def check_all(
     network_input: Tensor | None,
     threshold: Tensor | None,
     unshuffle: int,
+    base: Tensor | None,
 ) -> None:
     """Raises ``ContractError`` for the first argument that breaks the contract."""
-    check.no_autograd(NAME, x, model_output, history, table, network_input, threshold)
-    prediction_is(NAME, x, model_output, table, step)
+    check.no_autograd(NAME, x, model_output, history, table, network_input, threshold, base)
+    prediction_is(NAME, x, model_output, table, step, unshuffle)
     check.shape_is(NAME, "history", history, "of x's shape", x.shape)
     check.dtype_in(NAME, "history", history, (torch.float32,))
     seeds_are(NAME, seeds, x.shape[0])
@@ -37,10 +38,15 @@ def check_all(
     read = {"model_output": model_output}
     if network_input is not None:
         check.floating(NAME, "network_input", network_input)
-        _layout_is(x.shape, network_input, unshuffle)
+        _is_unshuffled(NAME, "network_input", network_input, x.shape, unshuffle)
         others["network_input"] = written["network_input"] = network_input
-    elif unshuffle != 1:
-        check.fail(NAME, "unshuffle", "the layout of a network_input", "1 without one", unshuffle)
+    elif unshuffle != 1 and model_output.shape == x.shape:
+        contract = "the layout of a network_input or of model_output"
+        check.fail(NAME, "unshuffle", contract, "1 without one of them", unshuffle)
+    if base is not None:
+        check.shape_is(NAME, "base", base, "of x's shape", x.shape)
+        check.dtype_in(NAME, "base", base, (torch.float32,))
+        others["base"] = read["base"] = base
     if threshold is not None:
         check.shape_is(NAME, "threshold", threshold, "[N]", x.shape[:1])
         check.dtype_in(NAME, "threshold", threshold, (torch.float32,))
@@ -52,13 +58,16 @@ def check_all(
     check.all_apart(NAME, written, read)
 
 
-def prediction_is(op: str, x: Tensor, model_output: Tensor, table: Tensor, step: int | Tensor) -> None:
+def prediction_is(
+    op: str, x: Tensor, model_output: Tensor, table: Tensor, step: int | Tensor, unshuffle: int = 1
+) -> None:
     """The checks of what x0_hat is made of, for every operation that makes it."""
     if x.dim() != 4:
         check.fail(op, "x", "4-dimensional", "[N, C, H, W]", list(x.shape))
     check.dtype_in(op, "x", x, (torch.float32,))
     check.floating(op, "model_output", model_output)
-    check.shape_is(op, "model_output", model_output, "of x's shape", x.shape)
+    if model_output.shape != x.shape:
+        _is_unshuffled(op, "model_output", model_output, x.shape, unshuffle)
     check.dtype_in(op, "table", table, (torch.float32,))
     if table.dim() != 2 or 0 in table.shape or table.shape[1] != TABLE_COLUMNS or not table.is_contiguous():
         check.fail(op, "table", "contiguous", f"[T, {TABLE_COLUMNS}]", list(table.shape))
@@ -73,13 +82,13 @@ def prediction_is(op: str, x: Tensor, model_output: Tensor, table: Tensor, step:
         check.fail(op, "step", "a row of table", f"0 <= step < {table.shape[0]}", step)
 
 
-def _layout_is(shape: torch.Size, network_input: Tensor, unshuffle: int) -> None:
+def _is_unshuffled(op: str, name: str, tensor: Tensor, shape: torch.Size, unshuffle: int) -> None:
     n, c, h, w = shape
     if unshuffle < 1 or h % unshuffle or w % unshuffle:
-        check.fail(NAME, "unshuffle", "a divisor of height and width", f"divisor of {h} and {w}", unshuffle)
+        check.fail(op, "unshuffle", "a divisor of height and width", f"divisor of {h} and {w}", unshuffle)
     contract = "of x's shape" if unshuffle == 1 else "of pixel_unshuffle(x)'s shape"
     expected = (n, c * unshuffle**2, h // unshuffle, w // unshuffle)
-    check.shape_is(NAME, "network_input", network_input, contract, expected)
+    check.shape_is(op, name, tensor, contract, expected)
 
 
 def position_stride(tensor: Tensor) -> int:
@@ -114,10 +123,10 @@ def prepare(
     network_input: Tensor | None,
     threshold: Tensor | None,
     unshuffle: int,
+    base: Tensor | None,
 ) -> Callable[..., bool]:
     """``run``, for arguments that look the same: it runs where addresses and step are in order, else it says False."""
-    given = {"x": x, "model_output": model_output, "history": history, "network_input": network_input}
-    reach = {name: _reach(tensor) for name, tensor in given.items() if tensor is not None}
+    reach = [_reach(tensor) for tensor in (x, model_output, history, network_input, base) if tensor is not None]
     rows, counter = table.shape[0], isinstance(step, Tensor)
 
     def again(
@@ -130,17 +139,17 @@ def prepare(
         network_input: Tensor | None,
         threshold: Tensor | None,
         unshuffle: int,
+        base: Tensor | None,
     ) -> bool:
         begins = [x.data_ptr(), model_output.data_ptr(), history.data_ptr()]
-        if network_input is not None:
-            begins.append(network_input.data_ptr())
-        extents = sorted(zip(begins, reach.values(), strict=True))
+        begins += [tensor.data_ptr() for tensor in (network_input, base) if tensor is not None]
+        extents = sorted(zip(begins, reach, strict=True))
         for (begin, size), (following, _) in pairwise(extents):
             if begin + size > following:
                 return False
         if not counter and not 0 <= step < rows:
             return False
-        run(x, model_output, history, table, step, seeds, network_input, threshold, unshuffle)
+        run(x, model_output, history, table, step, seeds, network_input, threshold, unshuffle, base)
         return True
 
     return again

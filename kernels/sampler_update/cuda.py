@@ -11,7 +11,7 @@ native = require_cuda()
 
 def sampler_update(
     x: Tensor,  # [N, C, H, W] channels_last
-    model_output: Tensor,  # [N, C, H, W] channels_last
+    model_output: Tensor,  # [N, C, H, W] or [N, C f^2, H / f, W / f] channels_last
     history: Tensor,  # [N, C, H, W] channels_last
     table: Tensor,  # [T, 8]
     step: int | Tensor,
@@ -19,6 +19,7 @@ def sampler_update(
     network_input: Tensor | None = None,  # [N, C f^2, H / f, W / f] channels_last, or channels of such a tensor
     threshold: Tensor | None = None,  # [N]
     unshuffle: int = 1,
+    base: Tensor | None = None,  # [N, C, H, W] channels_last
 ) -> None:
     native.sampler_update_cuda(
         view(x),
@@ -30,6 +31,7 @@ def sampler_update(
         view(seeds),
         optional_view(network_input),
         optional_view(threshold),
+        optional_view(base),
         unshuffle,
         cuda_stream(x),
     )

@@ -12,7 +12,7 @@ from idm_fast.kernels.sampler_update.rows import clamped, coefficients, limited,
 
 def sampler_update(
     x: Tensor,  # [N, C, H, W]
-    model_output: Tensor,  # [N, C, H, W]
+    model_output: Tensor,  # [N, C, H, W] or [N, C f^2, H / f, W / f]
     history: Tensor,  # [N, C, H, W]
     table: Tensor,  # [T, 8]
     step: int | Tensor,
@@ -20,9 +20,10 @@ def sampler_update(
     network_input: Tensor | None = None,  # [N, C f^2, H / f, W / f]
     threshold: Tensor | None = None,  # [N]
     unshuffle: int = 1,
+    base: Tensor | None = None,  # [N, C, H, W]
 ) -> None:
     k_x, k_out, a, b, c, s, clamp, _ = coefficients(table, step)
-    x0_hat = limited(prediction(x, model_output, k_x, k_out), clamp, threshold)
+    x0_hat = limited(prediction(x, model_output, k_x, k_out, unshuffle, base), clamp, threshold)
     noise = philox_normal(seeds, tuple(x.shape), clamped(step, table.shape[0]), x.dtype)
     # Chosen, not multiplied by zero: an unwritten history may hold NaN. No `if`: it would wait for the device.
     past, noise = torch.where(c != 0, c * history, 0.0), torch.where(s != 0, s * noise, 0.0)

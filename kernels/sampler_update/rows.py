@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,9 +21,18 @@ def clamped(step: int | Tensor, rows: int) -> int | Tensor:
     return step.reshape(()).clamp(0, rows - 1) if isinstance(step, Tensor) else step
 
 
-def prediction(x: Tensor, model_output: Tensor, k_x: Tensor, k_out: Tensor) -> Tensor:
+def prediction(
+    x: Tensor,  # [N, C, H, W]
+    model_output: Tensor,  # [N, C, H, W] or [N, C f^2, H / f, W / f]
+    k_x: Tensor,
+    k_out: Tensor,
+    unshuffle: int = 1,
+    base: Tensor | None = None,  # [N, C, H, W]
+) -> Tensor:
     """x0_hat as the network says it, in x's dtype."""
-    return k_x * x + k_out * model_output.to(x.dtype)
+    output = model_output if model_output.shape == x.shape else F.pixel_shuffle(model_output, unshuffle)
+    output = output.to(x.dtype)
+    return k_x * x + k_out * (output if base is None else output + base)
 
 
 def limited(x0_hat: Tensor, clamp: Tensor, threshold: Tensor | None) -> Tensor:

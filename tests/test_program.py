@@ -1,0 +1,165 @@
+"""Program: native calls recorded once and run without Python between them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from idm_fast.kernels import extension
+from idm_fast.kernels.program import Program
+from idm_fast.ops import channel_stats, norm_coefficients, sampler_update, use_backend
+
+pytestmark = pytest.mark.skipif(extension.native is None, reason=str(extension.missing))
+
+ROWS = torch.tensor(
+    [
+        [1.25, -0.75, 0.33, 0.71, 0.0, 0.1, 1.0, 0.0],
+        [0.8, -0.6, 0.33, 0.71, -0.2, 0.1, 1.0, 0.0],
+        [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0],
+    ]
+)
+SEEDS = torch.tensor([5, 6])
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return noise.contiguous(memory_format=torch.channels_last)
+
+
+def counter(value: int = 0) -> Tensor:
+    return torch.tensor([value])
+
+
+def record_update(program: Program, x: Tensor, step: Tensor) -> None:
+    arguments = (x, image(*x.shape, seed=1), torch.full_like(x, math.nan), ROWS, step, SEEDS[: len(x)])
+    program.record("sampler_update", *arguments, None, None, 1, None)
+
+
+def test_a_loop_is_what_its_calls_are() -> None:
+    x, output, step = image(2, 3, 6, 5), image(2, 3, 6, 5, seed=1), counter()
+    expected, history = x.clone(), torch.full_like(x, math.nan)
+    with use_backend("cpu"):
+        for index in range(3):
+            sampler_update(expected, output, history, ROWS, index, SEEDS)
+    program = Program()
+    record_update(program, x, step)
+    program.advance(step)
+    assert (len(program), program.names) == (2, ["sampler_update", "advance"])
+    gc.collect()  # nothing but the program holds the tensors
+    program.run(3)
+    assert torch.equal(x, expected)
+    assert step.item() == 3
+
+
+def test_results_that_are_made_on_the_way() -> None:
+    x, weight = image(2, 8, 6, 6), torch.linspace(0.5, 2, 8)
+    with use_backend("cpu"):
+        stats = channel_stats(x)
+        expected = norm_coefficients(stats, 4, weight)
+    for tensor in stats:
+        tensor.fill_(math.nan)
+    out, program = torch.full_like(expected, math.nan), Program()
+    program.record("channel_stats", x, stats)
+    program.record("norm_coefficients", stats, 4, weight, None, 1e-5, None, None, None, out)
+    noise = program.record("philox_normal", SEEDS, (2, 3, 4, 4), -1)
+    assert out.isnan().all()  # nothing has run
+    program.run()
+    assert torch.equal(out, expected)
+    assert noise.std().item() == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(("at", "row"), [(0, 0), (1, 1), (2, 2), (7, 2), (-1, 0)])
+@pytest.mark.parametrize("shape", [(8,), (3, 8)])
+def test_table_row(at: int, row: int, shape: tuple[int, ...]) -> None:
+    out, program = torch.full(shape, math.nan), Program()
+    program.table_row(ROWS, counter(at), out)
+    program.run()
+    assert torch.equal(out, ROWS[row].expand(shape))
+
+
+def test_threads_are_those_of_the_run() -> None:
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            x, program = image(1, 3, 128, 128), Program()
+            record_update(program, x, counter())
+            torch.set_num_threads(count)
+            program.run()
+            results.append(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_failing_call_is_named() -> None:
+    native, program = extension.native, Program()
+    assert native is not None
+    step = counter()
+    program.advance(step)
+    program._native.sampler_update(
+        *(extension.view(t) for t in (image(1, 3, 4, 4), image(1, 3, 4, 4), image(1, 3, 4, 4), ROWS)),
+        *(9, None, extension.view(SEEDS), None, None, None, 1, 1),
+    )
+    program.advance(step)
+    with pytest.raises(ValueError, match=r"program: call 1 \(sampler_update\): sampler_update: step must be a row"):
+        program.run()
+    assert step.item() == 1
+    program.advance(step)  # still usable: it is not running any more
+    assert len(program) == 4
+
+
+def test_refusals() -> None:
+    program, x = Program(), image(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="program: op must be an operation with a cpu backend, got 'fly'"):
+        program.record("fly", x)
+    with pytest.raises(ValueError, match="program: op must be an operation with a cpu backend, got 'time_embedding'"):
+        program.record("time_embedding", x)
+    with pytest.raises(ValueError, match="program: tensors of sampler_update must be on the device = cpu, got meta"):
+        program.record("sampler_update", x.to("meta"))
+    with pytest.raises(ValueError, match="program: repeats must be >= 0, got -1"):
+        program.run(-1)
+    with pytest.raises(TypeError):
+        program.record("attention", x)
+    assert len(program) == 0
+    for out in (torch.zeros(7), torch.zeros(8, dtype=torch.int32), torch.zeros(2, 16)[:, ::2]):
+        program = Program()
+        program.table_row(ROWS, counter(), out)
+        with pytest.raises(ValueError, match=r"call 0 \(table_row\): table_row: out must be contiguous float32"):
+            program.run()
+    program = Program()
+    program.advance(torch.zeros(1))
+    with pytest.raises(ValueError, match="advance: counter must be int64"):
+        program.run()
+
+
+def test_python_goes_on_beside_it_and_can_stop_it() -> None:
+    """The GIL is free while it runs, calls cannot be recorded then, and Ctrl-C ends it between two repeats."""
+    program, step = Program(), counter()
+    record_update(program, image(1, 3, 64, 64), step)
+    program.advance(step)
+    seen: list[str] = []
+
+    def beside() -> None:
+        while step.item() < 10:
+            time.sleep(0.001)
+        try:
+            program.advance(step)
+        except ValueError as error:
+            seen.append(str(error))
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        program.run(10**9)
+    thread.join()
+    assert seen == ["program: calls must be recorded before it runs, got a call while it runs"]
+    assert 10 <= step.item() < 10**9
