@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import TypeVar
@@ -10,7 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from idm_fast.engine.graph_pool import GraphPool
 from idm_fast.engine.nodes import Columns, Node, StatsValue, Value
+from idm_fast.engine.runtime import Runtime, runtime_of
 from idm_fast.kernels.channel_stats import ChannelStats
 
 ALIGNMENT = 256  # bytes: whole cache lines, and what every vector load and copy engine likes
@@ -25,13 +28,21 @@ class Arena:
     ``generation`` is past.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, runtime: Runtime | None = None) -> None:
         self.device, self.lock, self.generation = device, RLock(), 0
+        self.runtime = runtime or runtime_of(device)
+        self.graphs = GraphPool(self.runtime)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
         return self._memory.numel()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The right to use it, behind whoever used it before, on another thread or another stream."""
+        with self.lock, self.runtime.turn():
+            yield
 
     def take(self, nbytes: int) -> Tensor:
         """The first ``nbytes`` of it. Raises what torch raises where there is no such memory."""
@@ -67,7 +78,7 @@ def lifetimes(nodes: Sequence[Node], kind: type[Placed]) -> dict[Placed, Life]:
             if isinstance(value, kind):
                 first, _ = lives.get(value, (index, index))
                 lives[value] = (first, index)
-                if isinstance(value, Value) and value.fixed:
+                if (value if isinstance(value, Value) else value.image).fixed:
                     lives[value] = (0, len(nodes) - 1)
     return lives
 

@@ -30,6 +30,8 @@ class Plan:
         self.buffers = Buffers(tensors, {}, tables.row, tables.rows, tables.coefficients, tables.step, self.seeds)
         self.setup_calls = [bind(node, self.buffers, weights) for node in lowered.setup]
         self.step_calls = [bind(node, self.buffers, weights) for node in lowered.step]
+        begin, end = lowered.inner
+        self._outer_calls = [*self.step_calls[:begin], *self.step_calls[end:]]
 
     @property
     def stats_nbytes(self) -> int:
@@ -50,8 +52,9 @@ class Plan:
     def setup(self) -> None:
         _run(self.setup_calls)
 
-    def step(self) -> None:
-        _run(self.step_calls)
+    def step(self, reuse: bool = False) -> None:
+        """``reuse``: without the inner levels, whose last result is still there."""
+        _run(self._outer_calls if reuse else self.step_calls)
 
 
 def _run(calls: list[Bound]) -> None:
