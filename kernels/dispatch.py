@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -90,6 +90,18 @@ class Op:
     def run(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Any:
         """Runs the chosen backend on ``args``. Raises ``BackendError`` when none of the allowed ones can."""
         return self.choose(device, dtype, *args)(*args)
+
+    def bind(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Callable[[], Any]:
+        """The call that ``run`` would make, with everything decided and, where the backend can, prepared beforehand."""
+        run = self.choose(device, dtype, *args)
+        prepare = getattr(run, "bind", None)
+        bound: Callable[[], Any] = partial(run, *args) if prepare is None else prepare(*args)
+        return bound
+
+    def pieces(self, device: torch.device, dtype: torch.dtype, *args: Any) -> int:
+        """Into how many pieces the backend that ``run`` would call cuts the statistics that it makes."""
+        asked = getattr(self.choose(device, dtype, *args), "pieces", None)
+        return 1 if asked is None else int(asked(*args))
 
     def choose(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Callable[..., Any]:
         """The implementation that ``run`` would call. Raises ``BackendError`` when none of the allowed ones can."""
