@@ -79,7 +79,7 @@ def _conv(node: nodes.Conv, b: Buffers, weights: PackedWeights) -> tuple[str, Ca
     arguments = (
         x, weight, bias, node.stride, node.upsample, get(node.skip), get(node.coefficients), node.silu,
         get(node.shortcut), get(node.shortcut_skip), shortcut_weight, b.columns(node.time_shift), get(node.residual),
-        node.out_stats is not None, out,
+        node.out_stats is not None, out, None,
     )  # fmt: skip
     name, run = _chosen(OPS["conv2d"], x.device, x.dtype, *arguments)
     return name, _with_stats(partial(run, *arguments), node.out_stats, b)
