@@ -27,7 +27,8 @@ struct AttentionArguments {
   int d;
   float sign, scale_log2;
   float* partial;         // [splits][N * L * heads][d + 2]: sums not divided yet, highest score, total; null: one split
-  int64_t splits, share;  // share: keys of a split, a multiple of a round's
+  int64_t share;          // keys of a split, a multiple of a round's
+  unsigned splits;
 };
 
 // WIDTH: d rounded up. VALUES: channels of v in one block; where they are fewer than WIDTH, neighbouring blocks make the
@@ -61,9 +62,9 @@ __device__ __forceinline__ void fetch(T* target, const T* source, int64_t stride
   }
 }
 
-__device__ __forceinline__ int64_t units_of(const AttentionArguments& p) { return p.samples * p.length * p.heads; }
+__device__ __forceinline__ int64_t rows_of(const AttentionArguments& p) { return p.samples * p.length * p.heads; }
 
-template <class T, int WIDTH, int WARPS>
+template <class T, int WIDTH, int WARPS, bool SPLIT>
 __global__ void __launch_bounds__(WARPS* kWarp) attention_kernel(AttentionArguments p) {
   using S = Tile<WIDTH>;
   constexpr int kThreads = WARPS * kWarp, kQueries = 16 * WARPS;
@@ -73,8 +74,9 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_kernel(AttentionArgume
   T* values = keys + S::kKeys * S::kRow;
 
   const int64_t chunks = (p.d + S::kValues - 1) / S::kValues, tiles = (p.length + kQueries - 1) / kQueries;
-  const int64_t split = blockIdx.x % p.splits, block = blockIdx.x / p.splits, unit = block / chunks / tiles;
-  const int64_t begin = split * p.share, end = min(p.keys, begin + p.share);
+  const unsigned split = SPLIT ? blockIdx.x % p.splits : 0;
+  const int64_t block = SPLIT ? blockIdx.x / p.splits : blockIdx.x, unit = block / chunks / tiles;
+  const int64_t begin = SPLIT ? split * p.share : 0, end = SPLIT ? min(p.keys, begin + p.share) : p.keys;
   const int channel = static_cast<int>(block % chunks) * S::kValues;
   const int64_t first_query = block / chunks % tiles * kQueries, n = unit / p.heads, head = unit % p.heads;
   const T* q = static_cast<const T*>(p.q) + n * p.q_n + head * p.q_h;
@@ -183,11 +185,11 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_kernel(AttentionArgume
   for (int half = 0; half < 2; ++half) {
     float all = total[half] + __shfl_xor_sync(kFullMask, total[half], 1);
     all += __shfl_xor_sync(kFullMask, all, 2);
-    const float share = 1.0f / all;
     const int64_t row = first_query + warp * 16 + lane / 4 + 8 * half;
     const int64_t at = (n * p.length + row) * p.heads + head;
-    if (row < p.length && p.partial != nullptr) {
-      float* out = p.partial + (split * units_of(p) + at) * (p.d + 2);
+    if (row >= p.length) continue;
+    if constexpr (SPLIT) {
+      float* out = p.partial + (split * rows_of(p) + at) * (p.d + 2);
 #pragma unroll
       for (int tile = 0; tile < kValueTiles; ++tile) {
         const int column = channel + tile * 8 + lane % 4 * 2;
@@ -195,7 +197,8 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_kernel(AttentionArgume
           *reinterpret_cast<float2*>(out + column) = make_float2(sums[tile][2 * half], sums[tile][2 * half + 1]);
       }
       if (channel == 0 && lane % 4 == 0) *reinterpret_cast<float2*>(out + p.d) = make_float2(highest[half], all);
-    } else if (row < p.length) {
+    } else {
+      const float share = 1.0f / all;
       T* out = static_cast<T*>(p.out) + at * p.d;
 #pragma unroll
       for (int tile = 0; tile < kValueTiles; ++tile) {
@@ -210,16 +213,16 @@ __global__ void __launch_bounds__(WARPS* kWarp) attention_kernel(AttentionArgume
 // Adds up the splits, always in their order. A thread makes two channels.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArguments p) {
-  const int64_t rows = units_of(p), i = int64_t{blockIdx.x} * kCombineThreads + threadIdx.x;
+  const int64_t rows = rows_of(p), i = int64_t{blockIdx.x} * kCombineThreads + threadIdx.x;
   const int64_t row = i / (p.d / 2);
   const int column = static_cast<int>(i % (p.d / 2)) * 2;
   if (row >= rows) return;
   const float* part = p.partial + row * (p.d + 2);
   const int64_t next = rows * (p.d + 2);
   float highest = kLowest;
-  for (int64_t s = 0; s < p.splits; ++s) highest = fmaxf(highest, part[s * next + p.d]);
+  for (unsigned s = 0; s < p.splits; ++s) highest = fmaxf(highest, part[s * next + p.d]);
   float total = 0.0f, low = 0.0f, high = 0.0f;
-  for (int64_t s = 0; s < p.splits; ++s, part += next) {
+  for (unsigned s = 0; s < p.splits; ++s, part += next) {
     const float keep = exp2f((part[p.d] - highest) * p.scale_log2);
     const float2 sums = *reinterpret_cast<const float2*>(part + column);
     total += part[p.d + 1] * keep;
@@ -235,7 +238,7 @@ int64_t blocks_of(int64_t units, int64_t length, int64_t d, int64_t queries, int
   return units * ((length + queries - 1) / queries) * ((d + values - 1) / values);
 }
 
-template <class T, int WIDTH, int WARPS>
+template <class T, int WIDTH, int WARPS, bool SPLIT>
 void start(AttentionArguments p, uint64_t stream) {
   using S = Tile<WIDTH>;
   const int64_t rounds = (p.keys + S::kKeys - 1) / S::kKeys;
@@ -244,19 +247,20 @@ void start(AttentionArguments p, uint64_t stream) {
   const int64_t pairs = p.samples * p.length * p.heads * (p.d / 2);
   const int64_t combine_blocks = (pairs + kCombineThreads - 1) / kCombineThreads;
   require(std::max(blocks, combine_blocks) <= INT32_MAX, kAttention, "there must be at most 2^31 - 1 blocks of queries");
-  launch(attention_kernel<T, WIDTH, WARPS>, static_cast<unsigned>(blocks), WARPS * kWarp, shared_bytes<WIDTH, WARPS>(),
+  launch(attention_kernel<T, WIDTH, WARPS, SPLIT>, static_cast<unsigned>(blocks), WARPS * kWarp, shared_bytes<WIDTH, WARPS>(),
          stream, p);
-  if (p.partial != nullptr)
-    launch(combine_kernel<T>, static_cast<unsigned>(combine_blocks), kCombineThreads, 0, stream, p);
+  if (SPLIT) launch(combine_kernel<T>, static_cast<unsigned>(combine_blocks), kCombineThreads, 0, stream, p);
 }
 
 // Tall blocks read keys and values less often; low ones are more, for a small image on a large device.
 template <class T, int WIDTH>
 void start(const AttentionArguments& p, uint64_t stream) {
-  if (blocks_of(p.samples * p.heads, p.length, p.d, 64, Tile<WIDTH>::kValues) >= multiprocessors())
-    start<T, WIDTH, 4>(p, stream);
+  if (p.partial != nullptr)
+    start<T, WIDTH, 2, true>(p, stream);
+  else if (blocks_of(p.samples * p.heads, p.length, p.d, 64, Tile<WIDTH>::kValues) >= multiprocessors())
+    start<T, WIDTH, 4, false>(p, stream);
   else
-    start<T, WIDTH, 2>(p, stream);
+    start<T, WIDTH, 2, false>(p, stream);
 }
 
 template <class F>
@@ -312,7 +316,7 @@ void attention_cuda(const TensorView& q, const TensorView& k, const TensorView& 
   p.sign = scale < 0.0 ? -1.0f : 1.0f;
   p.scale_log2 = static_cast<float>(std::fabs(scale) * 1.4426950408889634);
   p.partial = w.as<float>();
-  p.splits = w ? w.shape[0] : 1;
+  p.splits = w ? static_cast<unsigned>(w.shape[0]) : 1;
   visit_half(q.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     visit_width(d, [&](auto tile) { start<T, decltype(tile)::kWidth>(p, stream); });
