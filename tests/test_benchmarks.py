@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from idm_fast.ops import OPS
-
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 MODULES = ("timing", "roofline", "checked", "ops")
 
@@ -81,12 +79,16 @@ def test_a_backend_that_raises_costs_the_others_nothing(
 ) -> None:
     """As a kernel that does not compile on this device; and what was timed is written before the next layer."""
 
-    row = replace(OPS["sampler_update"].backends["torch"], function="idm_fast.kernels.check:fail")  # other arguments
-    monkeypatch.setattr(quick["checked"], "_truth", lambda *_: ({}, {}))
-    with OPS["sampler_update"].substituted(row):
-        status, report = run(quick, tmp_path, "--backends", "torch")
+    def broken(_: Any) -> Any:
+        raise RuntimeError("out of shared memory")
+
+    checked = quick["checked"]
+    suites = checked.suite
+    monkeypatch.setattr(checked, "suite", lambda name: replace(suites(name), call=broken))
+    monkeypatch.setattr(checked, "_truth", lambda *_: ({}, {}))
+    status, report = run(quick, tmp_path, "--backends", "torch")
     assert status == 1
-    assert report["wrong"][0]["wrong"].startswith("TypeError: fail() takes 5 positional arguments")
+    assert report["wrong"][0]["wrong"] == "RuntimeError: out of shared memory"
     assert [row["backend"] for row in report["rows"]] == ["eager"]
 
 
