@@ -57,12 +57,22 @@ def _coefficients(node: nodes.Coefficients, b: Buffers, weights: PackedWeights) 
 def _conv(node: nodes.Conv, b: Buffers, weights: PackedWeights) -> tuple[str, Call]:
     get = _getter(b)
     x, out = b.tensors[node.x], b.tensors[node.out]
-    weight, bias = weights.get(node.weight), weights.total(node.bias)
+    bias, with_stats = weights.total(node.bias), node.out_stats is not None
+    arguments: tuple[Any, ...]
+    if node.quantised:
+        weight, scale = weights.quantised(node.weight)
+        arguments = (
+            x, weight, scale, b.row[:, slice(*node.activation)], bias, node.stride, node.upsample, get(node.skip),
+            get(node.coefficients), node.silu, b.columns(node.time_shift), get(node.residual), with_stats, out,
+        )  # fmt: skip
+        name, run = _chosen(OPS["conv2d_int8"], x.device, x.dtype, *arguments)
+        return name, _with_stats(partial(run, *arguments), node.out_stats, b)
+    weight = weights.get(node.weight)
     shortcut_weight = None if node.shortcut_weight is None else weights.get(node.shortcut_weight)
     arguments = (
         x, weight, bias, node.stride, node.upsample, get(node.skip), get(node.coefficients), node.silu,
         get(node.shortcut), get(node.shortcut_skip), shortcut_weight, b.columns(node.time_shift), get(node.residual),
-        node.out_stats is not None, out,
+        with_stats, out,
     )  # fmt: skip
     name, run = _chosen(OPS["conv2d"], x.device, x.dtype, *arguments)
     return name, _with_stats(partial(run, *arguments), node.out_stats, b)
@@ -123,25 +133,12 @@ def _unshuffle(node: nodes.Unshuffle, b: Buffers, _: PackedWeights) -> tuple[str
     return "torch", partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
 
 
-def _shuffle(node: nodes.Shuffle, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
-    n, c, h, w = out.shape
-
-    def cells(image: Tensor) -> Tensor:
-        return image.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c)
-
-    source = x.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).permute(0, 1, 4, 2, 5, 3)
-    if node.cond is None:
-        return "torch", partial(cells(out).copy_, source)
-    return "torch", partial(torch.add, source, cells(b.tensors[node.cond]), out=cells(out))
-
-
 def _update(node: nodes.Update, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
     get = b.tensors
-    answer = get[node.answer]
+    answer, base = get[node.answer], None if node.base is None else get[node.base]
     arguments = (
         get[node.out_x], answer, get[node.out_history], b.coefficients, b.step, b.seeds, get[node.out_input], None,
-        node.unshuffle,
+        node.unshuffle, base,
     )  # fmt: skip
     name, run = _chosen(OPS["sampler_update"], answer.device, answer.dtype, *arguments)
     return name, partial(run, *arguments)
@@ -164,7 +161,6 @@ _BINDERS: dict[type[Node], Any] = {
     nodes.Pool: _pool,
     nodes.Nearest: _nearest,
     nodes.Unshuffle: _unshuffle,
-    nodes.Shuffle: _shuffle,
     nodes.Update: _update,
     nodes.Advance: _advance,
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from idm_fast.engine.nodes import Weight
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels import phase_weights
+from idm_fast.kernels.conv2d_int8 import quantise_weight
 from idm_fast.models.unet import UNet
 
 State = dict[str, Tensor]
@@ -39,6 +40,11 @@ class PackedWeights:
         """The tensor of one weight, made at the first call."""
         dtype = torch.float32 if weight.form == "vector" else self.dtype
         return self.made(weight, lambda state: (_formed(state, weight).to(dtype),))[0]
+
+    def quantised(self, weight: Weight) -> tuple[Tensor, Tensor]:
+        """(int8 weight, its scales) of a convolution."""
+        made, scale = self.made(("int8", weight), lambda state: quantise_weight(_formed(state, weight)))
+        return made, scale
 
     def total(self, vectors: tuple[Weight, ...]) -> Tensor | None:
         """The sum of some biases; those the network has not count as nothing."""
