@@ -98,6 +98,7 @@ def conv2d(
     residual: View | None,
     out: View,
     partials: View | None,
+    counts: View | None,
     threads: int,
     /,
 ) -> None: ...
@@ -121,6 +122,7 @@ def conv2d_int8(
     residual: View | None,
     out: View,
     partials: View | None,
+    counts: View | None,
     threads: int,
     /,
 ) -> None: ...
