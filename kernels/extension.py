@@ -104,21 +104,15 @@ def optional_view(tensor: Tensor | None) -> View | None:
     return None if tensor is None else view(tensor)
 
 
-def known_view(tensor: Tensor | None) -> tuple[int, Layout] | None:
-    """A view for a call that comes again: made once more slowly than ``view``, and read faster."""
-    return None if tensor is None else (tensor.data_ptr(), layout(tensor))
-
-
-Teller = Callable[[Tensor | None], Any]  # optional_view or known_view
-
-
 class Bound:
-    """A native call of known arguments, which keeps alive what they point to."""
+    """A prepared call that is made from Python many times; ``arguments`` are the tensors that it is to keep alive."""
 
-    __slots__ = ("_arguments", "_call", "_held")
+    __slots__ = ("_call", "_held", "_told")
 
-    def __init__(self, call: Callable[..., None], arguments: tuple[Any, ...], held: tuple[Any, ...]) -> None:
-        self._call, self._arguments, self._held = call, arguments, held
+    def __init__(self, call: Callable[..., None], prepared: Prepared, arguments: tuple[Any, ...]) -> None:
+        made = require_native().Layout  # read faster than a view is
+        self._told = [(a[0], made(a)) if isinstance(a, tuple) else a for a in prepared.arguments[:-1]]
+        self._call, self._held = call, (prepared, arguments)
 
     def __call__(self) -> None:
-        self._call(*self._arguments, torch.get_num_threads())
+        self._call(*self._told, torch.get_num_threads())

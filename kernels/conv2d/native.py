@@ -10,7 +10,7 @@ from torch import Tensor
 from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.packing import PackedCache, pack_weight
-from idm_fast.kernels.extension import _CODES, Bound, Teller, known_view, optional_view, require_native
+from idm_fast.kernels.extension import _CODES, Bound, Prepared, optional_view, require_native, view
 
 native = require_native()
 _packed = PackedCache(pack_weight)
@@ -34,27 +34,26 @@ def conv2d(
     out: Tensor | None,
     out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
-    result, stats, told, _held = _told(
-        optional_view, x, weight, bias, stride, upsample, skip, coefficients, silu, shortcut, shortcut_skip,
+    call = prepare(
+        x, weight, bias, stride, upsample, skip, coefficients, silu, shortcut, shortcut_skip,
         shortcut_weight, time_shift, residual, with_stats, out, out_stats,
     )  # fmt: skip
-    native.conv2d(*told, torch.get_num_threads())
-    return result if stats is None else (result, stats)
+    native.conv2d(*call.arguments)
+    result: Tensor | tuple[Tensor, ChannelStats] = call.result
+    return result
 
 
 def _bind(*arguments: Any) -> Bound:
     """The same call, of which only the number of threads is still asked."""
-    result, stats, told, packed = _told(known_view, *arguments)
-    return Bound(native.conv2d, told, (arguments, result, stats, packed))
+    return Bound(native.conv2d, prepare(*arguments), arguments)
 
 
-def _told(
-    tell: Teller, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, upsample: bool, skip: Tensor | None,
+def prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, upsample: bool, skip: Tensor | None,
     coefficients: Tensor | None, silu: bool, shortcut: Tensor | None, shortcut_skip: Tensor | None,
     shortcut_weight: Tensor | None, time_shift: Tensor | None, residual: Tensor | None, with_stats: bool,
     out: Tensor | None, out_stats: ChannelStats | None,
-) -> tuple[Tensor, ChannelStats | None, tuple[Any, ...], tuple[Tensor | None, ...]]:  # fmt: skip
-    """(out, statistics, the arguments of ``_C.conv2d`` but for the threads, packed weights: a view holds nothing)."""
+) -> Prepared:  # fmt: skip
     shape = output_shape(x, weight, stride, upsample)
     stats = None
     if with_stats:
@@ -64,11 +63,26 @@ def _told(
     packed = _packed.get(weight)
     packed_shortcut = None if shortcut_weight is None else _packed.get(shortcut_weight)
     told = (
-        tell(x), tell(skip), tell(coefficients), silu, tell(packed), 3 if upsample else weight.shape[-1], stride,
-        upsample, tell(bias), tell(shortcut), tell(shortcut_skip), tell(packed_shortcut), tell(time_shift),
-        tell(residual), tell(out), *((None, None) if stats is None else map(tell, stats)),
-    )  # fmt: skip
-    return out, stats, told, (packed, packed_shortcut)
+        view(x),
+        optional_view(skip),
+        optional_view(coefficients),
+        silu,
+        view(packed),
+        3 if upsample else weight.shape[-1],
+        stride,
+        upsample,
+        optional_view(bias),
+        optional_view(shortcut),
+        optional_view(shortcut_skip),
+        optional_view(packed_shortcut),
+        optional_view(time_shift),
+        optional_view(residual),
+        view(out),
+        *((None, None) if stats is None else map(view, stats)),
+        torch.get_num_threads(),
+    )
+    keep = (packed,) if packed_shortcut is None else (packed, packed_shortcut)
+    return Prepared(told, out if stats is None else (out, stats), keep)
 
 
 def _pieces(x: Tensor, weight: Tensor, _: Any, stride: int, upsample: bool, *__: Any) -> int:

@@ -11,7 +11,7 @@ from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.packing import PackedCache, extents
 from idm_fast.kernels.conv2d_int8.quantise import NAME
-from idm_fast.kernels.extension import Bound, Teller, known_view, optional_view, require_native, view
+from idm_fast.kernels.extension import Bound, Prepared, optional_view, require_native, view
 
 native = require_native()
 
@@ -47,27 +47,26 @@ def conv2d_int8(
     out: Tensor | None,
     out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
-    result, stats, told, _held = _told(
-        optional_view, x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu,
+    call = prepare(
+        x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu,
         time_shift, residual, with_stats, out, out_stats,
     )  # fmt: skip
-    native.conv2d_int8(*told, torch.get_num_threads())
-    return result if stats is None else (result, stats)
+    native.conv2d_int8(*call.arguments)
+    result: Tensor | tuple[Tensor, ChannelStats] = call.result
+    return result
 
 
 def _bind(*arguments: Any) -> Bound:
     """The same call, of which only the number of threads is still asked."""
-    result, stats, told, packed = _told(known_view, *arguments)
-    return Bound(native.conv2d_int8, told, (arguments, result, stats, packed))
+    return Bound(native.conv2d_int8, prepare(*arguments), arguments)
 
 
-def _told(
-    tell: Teller, x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None,
+def prepare(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None,
     stride: int, upsample: bool, skip: Tensor | None, coefficients: Tensor | None, silu: bool,
     time_shift: Tensor | None, residual: Tensor | None, with_stats: bool, out: Tensor | None,
     out_stats: ChannelStats | None,
-) -> tuple[Tensor, ChannelStats | None, tuple[Any, ...], Tensor]:  # fmt: skip
-    """(out, statistics, the arguments of ``_C.conv2d_int8`` but for the threads, the packed weight)."""
+) -> Prepared:  # fmt: skip
     shape = output_shape(x, weight, stride, upsample)
     stats = None
     if with_stats:
@@ -76,11 +75,24 @@ def _told(
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     packed = _packed.get(weight)
     told = (
-        tell(x), tell(skip), tell(coefficients), silu, tell(packed), tell(weight_scale), tell(activation),
-        3 if upsample else weight.shape[-1], stride, upsample, tell(bias), tell(time_shift), tell(residual), tell(out),
-        *((None, None) if stats is None else map(tell, stats)),
-    )  # fmt: skip
-    return out, stats, told, packed
+        view(x),
+        optional_view(skip),
+        optional_view(coefficients),
+        silu,
+        view(packed),
+        view(weight_scale),
+        view(activation),
+        3 if upsample else weight.shape[-1],
+        stride,
+        upsample,
+        optional_view(bias),
+        optional_view(time_shift),
+        optional_view(residual),
+        view(out),
+        *((None, None) if stats is None else map(view, stats)),
+        torch.get_num_threads(),
+    )
+    return Prepared(told, out if stats is None else (out, stats), (packed,))
 
 
 def _pieces(x: Tensor, weight: Tensor, _: Any, __: Any, ___: Any, stride: int, upsample: bool, *rest: Any) -> int:
