@@ -56,6 +56,8 @@ def timeable(
                     wrong = verdict(ops_suite.call(inputs[0]), exact, plain)
             except BackendError as error:
                 reason = _of_backend(error, backend)
+            except Exception as error:  # a kernel that does not compile or launch: the others are timed all the same
+                wrong = f"{type(error).__name__}: {error}"[:500]
         if reason is not None:
             found.refused[backend] = reason
         elif wrong is not None:

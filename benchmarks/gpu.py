@@ -1,17 +1,21 @@
 """One command for a machine with a CUDA device: ``python benchmarks/gpu.py --out DIR --budget-seconds 480``.
 
-Runs offline, what matters most first: build, gpu tests, operation benchmarks, a sample under compute-sanitizer. After
-each stage DIR/run.json is written anew; its output is in DIR/<stage>.log. A stage that fails or runs out of its time is
-recorded, and the next one runs. Without a CUDA device it says so and ends with 0.
+Runs offline, what matters most first: build, gpu tests, benchmarks of the important operations, a sample under
+compute-sanitizer, benchmarks of the rest. After each stage DIR/run.json is written anew, with the figures of the
+benchmarks in it; its output is in DIR/<stage>.log. A stage that fails or runs out of its time is recorded, and the next
+one runs; where the build fails, the rest runs on the sources without the native module. Without a CUDA device it says
+so and ends with 0; where there is a driver, but torch sees no device, with 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 5.0  # a stage with less than this left is not begun
+PROBE_SECONDS = 120.0  # torch is slow to import from a cold disk
+KILL_SECONDS = 10.0  # a process that waits for a broken device may outlive SIGKILL
 TAIL = 2000  # characters of a log that run.json repeats
+TEST_PROCESSES = 8  # most of a test's time is Triton's compiler
 # Where the time of a network goes, most first; operations that are not named here come after.
 IMPORTANT = ("conv2d", "attention", "group_norm_silu", "sampler_update")
 
@@ -35,6 +42,8 @@ class Stage:
     command: list[str]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
+    report: Path | None = None  # a JSON file that it writes; run.json repeats it
+    passes: str = ""  # what the last line of a success says; without it the stage has done nothing
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Result:
     exit_code: int | None
     summary: str  # the last line, or why it did not run
     tail: str = ""  # of a stage that did not go well
+    report: Any = None
 
 
 def operations() -> list[str]:
@@ -59,39 +69,68 @@ def operations() -> list[str]:
 def stages(out: Path) -> list[Stage]:
     python = sys.executable
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
-    # One line a test, so that a run that is cut off has still said something.
-    tests = [python, "-m", "pytest", "-v", "--tb=short", "--maxfail=100", "-m", "gpu", "-p", "no:cacheprovider"]
     arguments = os.environ.get("IDM_FAST_CMAKE_ARGS", "")
     offline = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "IDM_FAST_REQUIRE_NATIVE": "1"}
+    sanitizer = [*tests(), "-k", "sanitizer", str(ROOT / "tests" / "test_gpu.py")]
+    units = [*tests(), *processes(), "-k", "not sanitizer", f"--junitxml={out / 'gpu-tests.xml'}", str(ROOT / "tests")]
     return [
         Stage("build", build, 240, {**offline, "IDM_FAST_CMAKE_ARGS": f"{arguments} -DIDM_FAST_CUDA=ON".strip()}),
-        Stage(
-            "gpu-tests",
-            [*tests, "-k", "not sanitizer", f"--junitxml={out / 'gpu-tests.xml'}", str(ROOT / "tests")],
-            150,
-        ),
-        *(
-            Stage(
-                f"ops-{name}",
-                [
-                    python, str(ROOT / "benchmarks" / "ops.py"), "--device", "cuda", "--op", name,
-                    "--seconds", "0.2", "--dtypes", "float16", "--total-seconds", str(seconds),
-                    "--json", str(out / f"ops-{name}.json"),
-                ],
-                seconds + 20,
-            )
-            for name in operations()
-            for seconds in (25 if name in IMPORTANT else 5,)
-        ),
-        Stage("sanitizer", [*tests, "-k", "sanitizer", str(ROOT / "tests" / "test_gpu.py")], 120),
-    ]  # fmt: skip
+        Stage("gpu-tests", units, 150, passes=r"\b[1-9]\d* passed"),
+        *(benchmark(name, 25, out) for name in operations() if name in IMPORTANT),
+        Stage("sanitizer", sanitizer, 120, passes=r"\b[1-9]\d* passed"),
+        *(benchmark(name, 5, out) for name in operations() if name not in IMPORTANT),
+    ]
 
 
-def run_stage(stage: Stage, out: Path, left: float) -> Result:
+def tests() -> list[str]:
+    """One line a test, so that a run that is cut off has still said something; a module that does not import and a
+    warning of these versions of the libraries cost nothing else; where a test hangs is in the log."""
+    options = ["-v", "-rs", "--tb=short", "--maxfail=100", "--continue-on-collection-errors", "-W", "default"]
+    more = ["-o", "faulthandler_timeout=60", "-p", "no:cacheprovider", "-m", "gpu"]
+    return [sys.executable, "-m", "pytest", *options, *more]
+
+
+def processes() -> list[str]:
+    """Tests side by side where pytest-xdist is installed."""
+    count = min(TEST_PROCESSES, (os.cpu_count() or 1) // 2)
+    return ["-n", str(count)] if count > 1 and importlib.util.find_spec("xdist") else []
+
+
+def benchmark(name: str, seconds: int, out: Path) -> Stage:
+    report = out / f"ops-{name}.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "ops.py"), "--device", "cuda", "--op", name]
+    options = ["--seconds", "0.2", "--dtypes", "float16", "--total-seconds", str(seconds), "--json", str(report)]
+    return Stage(f"ops-{name}", [*script, *options], seconds + 20, report=report)
+
+
+def on_the_sources(out: Path) -> dict[str, str]:
+    """The environment in which ``import idm_fast`` finds the sources, not installed: a folder of links."""
+    package = out / "sources" / "idm_fast"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir(parents=True)
+    for source in [*(ROOT / "idm_fast").iterdir(), ROOT / "kernels"]:
+        if not (package / source.name).is_symlink():
+            (package / source.name).symlink_to(source)
+    # Safe path: else the checkout, where idm_fast has no kernels, comes first.
+    paths = [str(package.parent), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"process {process.pid} outlives its end", flush=True)
+
+
+def run_stage(stage: Stage, out: Path, left: float, environment: dict[str, str]) -> Result:
     """Runs a stage in a process group of its own, at most as long as its limit and what is left of the budget."""
     limit = min(stage.limit, left)
     if limit < min(LEAST_SECONDS, stage.limit):
         return Result(stage.name, "skipped", 0.0, limit, None, "no time left")
+    if stage.report is not None:
+        stage.report.unlink(missing_ok=True)  # of a run before
     log = out / f"{stage.name}.log"
     begin = time.monotonic()
     code: int | None = None
@@ -100,7 +139,7 @@ def run_stage(stage: Stage, out: Path, left: float) -> Result:
             process = subprocess.Popen(
                 stage.command,
                 cwd=ROOT,
-                env={**os.environ, **stage.environment},
+                env={**os.environ, **environment, **stage.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -115,19 +154,31 @@ def run_stage(stage: Stage, out: Path, left: float) -> Result:
             status = "timeout"
         finally:
             if process.poll() is None:  # out of time, or we are interrupted
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process)
     text = log.read_text(errors="replace")
     lines = text.strip().splitlines() or [""]
+    if status == "ok" and not re.search(stage.passes, lines[-1]):
+        status = "skipped"  # every test said why it did not run
     tail = "" if status == "ok" else text[-TAIL:]
-    return Result(stage.name, status, time.monotonic() - begin, limit, code, lines[-1][:200], tail)
+    seconds = time.monotonic() - begin
+    return Result(stage.name, status, seconds, limit, code, lines[-1][:200], tail, read_report(stage.report))
 
 
-def run(todo: list[Stage], out: Path, budget: float, about: dict[str, Any]) -> list[Result]:
-    """All stages in order; DIR/run.json is whole after each."""
+def read_report(report: Path | None) -> Any:
+    if report is None or not report.exists():
+        return None
+    try:
+        return json.loads(report.read_text())
+    except ValueError as error:
+        return f"{report.name}: {error}"
+
+
+def run(todo: list[Stage], out: Path, budget: float, about: dict[str, Any], begin: float | None = None) -> list[Result]:
+    """All stages in order, ``budget`` seconds from ``begin`` on; DIR/run.json is whole after each."""
     out.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+    begin = time.monotonic() if begin is None else begin
     results: list[Result] = []
+    environment: dict[str, str] = {}
 
     def record() -> None:
         report = {**about, "budget_seconds": budget, "seconds": time.monotonic() - begin}
@@ -138,19 +189,26 @@ def run(todo: list[Stage], out: Path, budget: float, about: dict[str, Any]) -> l
     record()
     for stage in todo:
         print(f"{stage.name} ...", flush=True)
-        result = run_stage(stage, out, budget - (time.monotonic() - begin))
+        result = run_stage(stage, out, budget - (time.monotonic() - begin), environment)
         results.append(result)
+        if stage.name == "build" and result.status != "ok":
+            environment = on_the_sources(out)
         print(f"{stage.name}: {result.status} after {result.seconds:.1f} s: {result.summary}", flush=True)
         record()
     return results
 
 
-def output_of(*command: str) -> str | None:
+def output_of(*command: str, seconds: float = 30.0) -> str | None:
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def has_driver() -> bool:
+    """Whether the machine looks as if it had a device, whatever torch says."""
+    return Path("/dev/nvidiactl").exists() or bool(output_of("nvidia-smi", "-L"))
 
 
 PROBE = """
@@ -171,14 +229,20 @@ print(json.dumps(found))
 
 def machine() -> dict[str, Any]:
     """What the figures depend on. Asked in another process, so that this one holds no device while stages run."""
-    probed = output_of(sys.executable, "-c", PROBE)
+    probed = output_of(sys.executable, "-c", PROBE, seconds=PROBE_SECONDS)
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     return {
         **(json.loads(probed.splitlines()[-1]) if probed else {"torch": None, "device": None}),
         "python": platform.python_version(),
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": (output_of("nvcc", "--version") or "").splitlines()[-1:],
+        "nvcc": (output_of(nvcc, "--version") or "").splitlines()[-1:],
         "commit": output_of("git", "rev-parse", "HEAD"),
     }
+
+
+def end_on_sigterm() -> None:
+    """A stage under way ends with this process, else it would keep the device."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -186,15 +250,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for run.json, the logs and the figures")
     parser.add_argument("--budget-seconds", type=float, default=480.0)
     args = parser.parse_args(arguments)
+    begin = time.monotonic()
     out = args.out.resolve()
     about = {"machine": machine()}
     if about["machine"]["device"] is None:
-        print(f"no CUDA device: torch {about['machine']['torch']} sees none, so there is nothing to measure")
         run([], out, args.budget_seconds, about)
+        if has_driver() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            print("there is an NVIDIA driver, but torch does not import, sees no device or did not answer in time")
+            return 1
+        print(f"no CUDA device: torch {about['machine']['torch']} sees none, so there is nothing to measure")
         return 0
-    results = run(stages(out), out, args.budget_seconds, about)
+    results = run(stages(out), out, args.budget_seconds, about, begin)
     return 0 if all(result.status == "ok" for result in results) else 1
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

@@ -3,7 +3,8 @@
 Each row: median with the 20th and 80th percentile, GB/s counted from the least possible traffic, TFLOP/s, the roofline
 fraction (T_roof / median, limits measured in the same run) and how many times faster than the same thing in plain torch
 (``eager``). Candidates take turns call by call; inputs rotate through copies that overflow the L2 cache unless --warm.
-A backend whose result is wrong is not timed, and the exit status says so.
+A backend whose result is wrong, or which raises, is not timed, and the exit status says so. The report is written anew
+after each layer, so that a run that is cut off keeps what it had.
 """
 
 from __future__ import annotations
@@ -114,6 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     wrong: list[dict[str, str]] = []
     left_out: list[str] = []
+    about = {"machine": machine(args), "ceilings": ceilings.as_json()}
+
+    def report() -> str:
+        return json.dumps({**about, "rows": rows, "wrong": wrong, "not_timed": left_out}, indent=2)
+
+    def save() -> None:
+        if args.json and args.json != "-":
+            with atomic(Path(args.json)) as temporary:
+                temporary.write_text(report() + "\n")
+
     for name, case in layers(args.op):
         if args.case and not any(text in f"{case.name} {case.why}" for text in args.case):
             continue
@@ -129,16 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(as_text(row), file=shown, flush=True)
             for backend, fault in faults.items():
                 print(f"{title} {backend}: wrong, so it is not timed: {fault}", file=sys.stderr)
+            save()
+    save()
     if left_out:
         print(f"out of time: {len(left_out)} not begun", file=sys.stderr)
-    if args.json:
-        report = {"machine": machine(args), "ceilings": ceilings.as_json(), "rows": rows, "wrong": wrong}
-        text = json.dumps(report | {"not_timed": left_out}, indent=2)
-        if args.json == "-":
-            print(text)
-        else:
-            with atomic(Path(args.json)) as temporary:
-                temporary.write_text(text + "\n")
+    if args.json == "-":
+        print(report())
     return 1 if wrong else 0
 
 

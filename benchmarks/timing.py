@@ -17,7 +17,7 @@ import torch
 
 WARM_UP = 2
 LEAST, MOST = 5, 2000  # timed calls of a candidate, whatever the budget
-SLEEP_CYCLES = 200_000  # about 0.1 ms: longer than the host takes to queue an operation's launches
+SLEEP_CYCLES = 800_000  # 0.4 ms at 2 GHz: longer than the host takes to queue several Triton launches
 
 
 @dataclass(frozen=True)

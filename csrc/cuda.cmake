@@ -4,8 +4,11 @@
 # AUTO builds them only where nvcc and a driver are: compiling takes minutes, and elsewhere nothing could run them.
 set(IDM_CUDA_ARCHITECTURES 80 90a)
 
-if(NOT CMAKE_CUDA_COMPILER)
-  find_program(IDM_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDACXX PATHS /usr/local/cuda PATH_SUFFIXES bin)
+if(NOT CMAKE_CUDA_COMPILER AND DEFINED ENV{CUDACXX})
+  set(CMAKE_CUDA_COMPILER "$ENV{CUDACXX}")
+elseif(NOT CMAKE_CUDA_COMPILER)
+  file(GLOB IDM_TOOLKITS /usr/local/cuda-*)
+  find_program(IDM_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda ${IDM_TOOLKITS} PATH_SUFFIXES bin)
   if(IDM_NVCC)
     set(CMAKE_CUDA_COMPILER "${IDM_NVCC}")
   endif()
@@ -47,7 +50,7 @@ if(IDM_BUILD_CUDA)
     target_compile_options(cuda_kernels PRIVATE
       "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
   endforeach()
-  target_compile_options(cuda_kernels PRIVATE -lineinfo -Xcompiler=-Wall)
+  target_compile_options(cuda_kernels PRIVATE -lineinfo --threads=2 -Xcompiler=-Wall)  # both architectures at once
   target_sources(_C PRIVATE $<TARGET_OBJECTS:cuda_kernels>)
   target_link_libraries(_C PRIVATE CUDA::cudart_static)
   list(TRANSFORM IDM_CUDA_ARCHITECTURES PREPEND "sm_" OUTPUT_VARIABLE names)

@@ -27,6 +27,7 @@ inline void bind_cuda(pybind11::module_& m) {
   m.def("group_norm_silu_cuda", &group_norm_silu_cuda, NoGil());
   m.def("group_norm_silu_cuda_map", &group_norm_silu_cuda_map);
   m.def("attention_cuda", &attention_cuda, NoGil());
+  m.def("attention_cuda_splits", &attention_cuda_splits);
   m.def("selftest_shuffles", &selftest_shuffles, NoGil());
   m.def("selftest_row_sums", &selftest_row_sums, NoGil());
   m.def("selftest_matmul", &selftest_matmul, NoGil());

@@ -11,9 +11,9 @@ from idm_fast.kernels.attention import attention
 from idm_fast.kernels.attention.block import attention_block
 from idm_fast.kernels.channel_stats import ChannelStats, channel_stats
 from idm_fast.kernels.check import ContractError
-from idm_fast.kernels.conv2d import conv2d, phase_weights
-from idm_fast.kernels.conv2d_fp8 import conv2d_fp8
-from idm_fast.kernels.conv2d_int8 import conv2d_int8
+from idm_fast.kernels.conv2d import PackedWeight, bind_conv2d, conv2d, conv2d_stats, phase_weights
+from idm_fast.kernels.conv2d_fp8 import bind_conv2d_fp8, conv2d_fp8, conv2d_fp8_stats
+from idm_fast.kernels.conv2d_int8 import bind_conv2d_int8, conv2d_int8, conv2d_int8_stats
 from idm_fast.kernels.dispatch import BACKENDS, BackendError, use_backend
 from idm_fast.kernels.dynamic_threshold import dynamic_threshold
 from idm_fast.kernels.group_norm_silu import group_norm_silu
@@ -28,12 +28,19 @@ __all__ = [
     "BackendError",
     "ChannelStats",
     "ContractError",
+    "PackedWeight",
     "attention",
     "attention_block",
+    "bind_conv2d",
+    "bind_conv2d_fp8",
+    "bind_conv2d_int8",
     "channel_stats",
     "conv2d",
     "conv2d_fp8",
+    "conv2d_fp8_stats",
     "conv2d_int8",
+    "conv2d_int8_stats",
+    "conv2d_stats",
     "dynamic_threshold",
     "group_norm_silu",
     "norm_coefficients",

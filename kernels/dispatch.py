@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -91,6 +91,14 @@ class Op:
         """Runs the chosen backend on ``args``. Raises ``BackendError`` when none of the allowed ones can."""
         return self.choose(device, dtype, *args)(*args)
 
+    def bind(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Callable[[], Any]:
+        """The call that ``run`` would make, with everything decided and, where the backend can, prepared beforehand."""
+        return bound(self.choose(device, dtype, *args), *args)
+
+    def pieces(self, device: torch.device, dtype: torch.dtype, *args: Any) -> int:
+        """Into how many pieces the backend that ``run`` would call cuts the statistics that it makes."""
+        return pieces(self.choose(device, dtype, *args), *args)
+
     def choose(self, device: torch.device, dtype: torch.dtype, *args: Any) -> Callable[..., Any]:
         """The implementation that ``run`` would call. Raises ``BackendError`` when none of the allowed ones can."""
         forced = forced_backends()
@@ -154,6 +162,18 @@ class Op:
             reason = self.why_not(name, device, dtype, *args)
             lines.append(f"  {name}: {reason or 'yes'}")
         return "\n".join(lines)
+
+
+def bound(run: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """``run(*args)`` for many times: prepared, where the implementation ``run`` has a ``bind`` of its own."""
+    prepare: Callable[..., Callable[[], Any]] | None = getattr(run, "bind", None)
+    return partial(run, *args) if prepare is None else prepare(*args)
+
+
+def pieces(run: Callable[..., Any], *args: Any) -> int:
+    """Of the statistics that ``run(*args)`` makes; an implementation without ``pieces`` makes them in one."""
+    asked: Callable[..., int] | None = getattr(run, "pieces", None)
+    return 1 if asked is None else asked(*args)
 
 
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar("idm_fast_backend", default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -101,3 +102,17 @@ def layout(tensor: Tensor) -> Layout:
 
 def optional_view(tensor: Tensor | None) -> View | None:
     return None if tensor is None else view(tensor)
+
+
+class Bound:
+    """A prepared call that is made from Python many times; ``arguments`` are the tensors that it is to keep alive."""
+
+    __slots__ = ("_call", "_held", "_told")
+
+    def __init__(self, call: Callable[..., None], prepared: Prepared, arguments: tuple[Any, ...]) -> None:
+        made = require_native().Layout  # read faster than a view is
+        self._told = [(a[0], made(a)) if isinstance(a, tuple) else a for a in prepared.arguments[:-1]]
+        self._call, self._held = call, (prepared, arguments)
+
+    def __call__(self) -> None:
+        self._call(*self._told, torch.get_num_threads())

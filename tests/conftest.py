@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,38 @@ import torch
 # CUDA device the kernels run there instead.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def device_is_lost() -> bool:
+    """Whether an error of a kernel has left the CUDA context of this process unusable."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+lost_by: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and not lost_by and device_is_lost():
+        lost_by.append(item.nodeid)
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logfinish() -> None:
+    """After an illegal access every later test of the process would fail too: the one that did it is the only news."""
+    if not lost_by:
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(3)  # pytest-xdist starts another worker for the rest
+    pytest.exit(f"the CUDA context is lost after {lost_by[0]}", returncode=3)
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,31 @@ def test_what_is_a_fault(aot: ModuleType, tmp_path: Path, monkeypatch: pytest.Mo
     assert aot.Row("k", "sm_90", 1, 170_000, 0, 0).faults() == []
 
 
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024, 2) wide(float* x) {  // 32 registers for 64 live values
+  float v[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i * 1024 + 1023 - threadIdx.x] = v[i] * v[63 - i];
+}
+"""
+
+
+def test_a_real_spill_is_a_fault(aot: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler writes today is still what is read."""
+    if (nvcc := aot.find_nvcc()) is None:
+        pytest.skip("nvcc was not found")
+    monkeypatch.setattr(aot, "ROOT", tmp_path)
+    monkeypatch.setattr(aot, "CACHE", tmp_path / "cache")
+    (tmp_path / "wide.cu").write_text(SPILLING)
+    _, (row,) = aot.compile_cuda(nvcc, tmp_path / "wide.cu", "sm_80", False)
+    assert (row.kernel, row.registers) == ("wide", 32)
+    assert row.spills > 0
+    assert aot.compare([row], {row.key: row}, True) == [f"wide on sm_80 spills {row.spills} bytes"]
+
+
 @pytest.mark.slow
 def test_every_kernel_compiles_and_keeps_its_budget() -> None:
     """What has changed since the tables were written is compiled: minutes, if it is much."""

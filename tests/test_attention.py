@@ -86,6 +86,23 @@ def test_limits_name_the_number() -> None:
     assert reason == "takes positions at most 16777216 elements apart, not 16777217"
 
 
+# Triton's interpreter is numpy, and of the rows beyond the last query, zeros times infinity, it speaks too.
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice encountered")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_awkward_scores(backend: str) -> None:
+    """Products of 1e11, keys whose score is minus infinity, one value read by all (stride 0)."""
+    q = torch.full((1, 70, 2, 24), 6e4)
+    k = torch.full((1, 90, 2, 24), -6e4)
+    k[0, 77] = 6e4
+    v = torch.randn(1, 90, 1, 24, generator=torch.Generator().manual_seed(2)).expand(1, 90, 2, 24)
+    torch.testing.assert_close(run(backend, q, k, v), v[:, 77:78].expand(1, 70, 2, 24), rtol=0, atol=0)
+    torch.testing.assert_close(run(backend, q, k, v, scale=0.0), v.mean(1, keepdim=True).expand(1, 70, 2, 24))
+    k[0, :77] = -float("inf")
+    torch.testing.assert_close(run(backend, q, k, v), v[:, 77:78].expand(1, 70, 2, 24), rtol=0, atol=0)
+    same = torch.randn(1, 33, 1, 24, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(run(backend, same, same, same), run("reference", same, same, same))
+
+
 def test_cuda_limits_name_the_reason() -> None:
     limits = OPS["attention"].backends["cuda"].limits
     assert limits is not None
@@ -97,6 +114,19 @@ def test_cuda_limits_name_the_reason() -> None:
     assert "width <= 512" in str(limits(wide, wide, wide, 1.0, None))
     shifted = torch.zeros(2, 4, 3, 44, dtype=torch.float16)[..., 4:]
     assert limits(good, shifted, good, 1.0, None) == "takes rows aligned to 16 bytes"
+
+
+def test_xformers_limits_name_the_reason() -> None:
+    """A call that none of its kernels takes must go on to torch, the next row."""
+    limits = OPS["attention"].backends["xformers"].limits
+    assert limits is not None
+    wide = torch.zeros(1, 4, 1, 1024, dtype=torch.float16)
+    assert limits(wide, wide, wide, 1.0, None) is None
+    odd = wide[..., :1020].contiguous()
+    assert limits(odd, odd, odd, 1.0, None) == "takes heads of a width that is a multiple of 8, not 1020"
+    assert limits(wide, wide, wide, -1.0, None) == "takes scales above 0, not -1.0"
+    shifted = torch.zeros(1, 4, 1, 1028, dtype=torch.float16)[..., 4:]
+    assert limits(wide, shifted, wide, 1.0, None) == "takes rows aligned to 16 bytes"
 
 
 def test_xformers_has_a_row_and_a_reason() -> None:

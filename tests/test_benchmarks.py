@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,6 +72,42 @@ def test_what_is_wrong_is_not_timed(
     expected = {"what": "sampler_update multistep_latent float32", "backend": "torch", "wrong": "error 1, allowed 0"}
     assert expected in report["wrong"]
     assert "wrong, so it is not timed" in capsys.readouterr().err
+
+
+def test_a_backend_that_raises_costs_the_others_nothing(
+    quick: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kernel that does not compile on this device; and what was timed is written before the next layer."""
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("out of shared memory")
+
+    checked = quick["checked"]
+    suites = checked.suite
+    monkeypatch.setattr(checked, "suite", lambda name: replace(suites(name), call=broken))
+    monkeypatch.setattr(checked, "_truth", lambda *_: ({}, {}))
+    status, report = run(quick, tmp_path, "--backends", "torch")
+    assert status == 1
+    assert report["wrong"][0]["wrong"] == "RuntimeError: out of shared memory"
+    assert [row["backend"] for row in report["rows"]] == ["eager"]
+
+
+def test_what_was_timed_is_kept(quick: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    rows_of = quick["ops"].rows_of
+
+    def second_dies(*args: Any) -> Any:
+        seen.append(args[1].name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return rows_of(*args)
+
+    monkeypatch.setattr(quick["ops"], "rows_of", second_dies)
+    target = tmp_path / "ops.json"
+    arguments = ["--op", "sampler_update", "--dtypes", "float32", "--seconds", "0", "--device", "cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        quick["ops"].main([*arguments, "--json", str(target)])
+    assert {row["case"] for row in json.loads(target.read_text())["rows"]} == {seen[0]}
 
 
 def test_out_of_time(quick: dict[str, ModuleType], tmp_path: Path) -> None:

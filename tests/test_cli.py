@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -308,6 +309,30 @@ def test_every_verb_explains_itself(capsys: Captured) -> None:
         said = capsys.readouterr().out
         assert "usage: idm-fast" in said
         assert all(len(line) <= 100 for line in said.splitlines())
+
+
+def test_training_knows_debug_too(tmp_path: Path, capsys: Captured) -> None:
+    command = ["train", "intrinsic", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"idm-fast: error: {tmp_path / 'none'}: must be a folder")
+    for line in ([*command, "--debug"], ["train", "--debug", *command[1:]]):
+        with pytest.raises(IdmFastError):
+            main(line)
+
+
+def test_ops_says_what_the_environment_forces() -> None:
+    def ops(backend: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "idm_fast", "ops"]
+        environment = os.environ | {"IDM_FAST_BACKEND": backend}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    unknown = ops("tpu")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "idm-fast: error: IDM_FAST_BACKEND: backend must be one of = triton," in unknown.stderr
+    assert unknown.stderr.strip().endswith("got 'tpu'")
+    known = ops("torch,reference")
+    assert known.returncode == 0
+    assert known.stdout.endswith("IDM_FAST_BACKEND forces torch, reference\n")
 
 
 def test_help_and_version_do_not_wait_for_torch() -> None:

@@ -45,7 +45,7 @@ def run(backend: Any, case: Case, plan: tuple[int, int], dtype: torch.dtype = to
     result = backend.conv2d(
         inputs["x"], inputs["weight"], get("bias"), inputs["stride"], inputs["upsample"], get("skip"),
         get("coefficients"), inputs["silu"], get("shortcut"), get("shortcut_skip"), get("shortcut_weight"),
-        get("time_shift"), get("residual"), inputs["with_stats"], out, plan=plan,
+        get("time_shift"), get("residual"), inputs["with_stats"], out, None, plan=plan,
     )  # fmt: skip
     found = {"out": out}
     if inputs["with_stats"]:

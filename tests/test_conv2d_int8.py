@@ -41,7 +41,7 @@ REFUSALS = [
     ({"weight": quantise_weight(image(10, 8, 3, 3))[0]}, "weight must be [Cout, C, k, k] = [10, 12, 3, 3]"),
     ({"weight": quantise_weight(image(10, 12, 5, 5))[0]}, "weight must be of kernel size = 1 or 3, got 5"),
     ({"stride": 3}, "stride must be allowed for k = 3 = 1 or 2, got 3"),
-    ({"upsample": True}, "weight must be quantised phase weights = [4, Cout, C, 2, 2], got [10, 12, 3, 3]"),
+    ({"upsample": True}, "weight must be the phase weights of phase_weights(weight) = [4, Cout, C, 2, 2], got [10,"),
     ({"upsample": True, "weight": PHASES}, "weight must be [4, Cout, C, 2, 2] = [4, 10, 12, 2, 2]"),
     ({"upsample": True, "stride": 2}, "stride must be 1 with upsample = 1, got 2"),
     ({"weight_scale": torch.ones(9)}, "weight_scale must be [Cout] = [10], got [9]"),

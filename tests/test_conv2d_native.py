@@ -116,9 +116,11 @@ def test_native_checks() -> None:
     x, weight, out = image(1, 8, 5, 5), image(12, 8, 3, 3), image(1, 12, 5, 5)
     none = (None,) * 5
 
-    def call(x: Any, packed: Any, out: Any, kernel: int = 3, stride: int = 1, partials: Any = None) -> None:
-        native.conv2d(x, None, None, False, packed, kernel, stride, False, *none, None, out, partials, 1)  # type: ignore
+    def call(x: Any, packed: Any, out: Any, kernel: int = 3, stride: int = 1, *stats: Any) -> None:
+        partials, counts = stats or (None, None)
+        native.conv2d(x, None, None, False, packed, kernel, stride, False, *none, None, out, partials, counts, 1)  # type: ignore
 
+    two, half = torch.zeros(2), torch.zeros(1, 1, 2, 12)
     packed, partials, nchw = pack_weight(weight), torch.zeros(1, 2, 2, 12), x.contiguous()
     wide, low = image(1, 40, 5, 5), image(1, 12, 4, 5)  # named, because a view keeps nothing alive
     call(view(x), view(packed), view(out))
@@ -129,7 +131,9 @@ def test_native_checks() -> None:
         ((view(nchw), view(packed), view(out)), "x must be a float tensor in NHWC order"),
         ((view(x), view(packed), view(out), 5), "the kernel must be 1x1 or 3x3"),
         ((view(x), view(packed), view(out), 3, 3), "stride must be 1, or 2"),
-        ((view(x), view(packed), view(out), 3, 1, view(partials)), "partials must be"),
+        ((view(x), view(packed), view(out), 3, 1, view(partials), None), "partials and counts must be given together"),
+        ((view(x), view(packed), view(out), 3, 1, view(partials), view(two)), "partials must be"),
+        ((view(x), view(packed), view(out), 3, 1, view(half), view(two)), "counts must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             call(*arguments)

@@ -96,11 +96,12 @@ def test_unwritten_shared_memory_is_nan(emulator: ModuleType) -> None:
     assert run_wrong(emulator, "no wait")[:32].isnan().all()
 
 
-def test_a_race_shows_in_the_opposite_order(emulator: ModuleType) -> None:
-    forward = run_wrong(emulator, "race")
+@pytest.mark.parametrize("mistake", ["race", "ahead"])
+def test_a_race_shows_in_the_opposite_order(emulator: ModuleType, mistake: str) -> None:
+    forward = run_wrong(emulator, mistake)
     emulator.set_reversed(True)
     try:
-        backward = run_wrong(emulator, "race")
+        backward = run_wrong(emulator, mistake)
     finally:
         emulator.set_reversed(False)
     assert not torch.equal(forward.nan_to_num(-1), backward.nan_to_num(-1))

@@ -88,6 +88,32 @@ def test_orientation_is_applied_and_reset(tmp_path: Path, orientation: int) -> N
             assert written.getexif()[0x010F] == "Maker"
 
 
+@pytest.mark.parametrize("endian", ["<", ">"])
+@pytest.mark.parametrize("extension", ["png", "tif"])
+@pytest.mark.parametrize("channels", [0, 2, 3, 4], ids=["grey", "grey+alpha", "rgb", "rgba"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_exif_with_its_parts_is_kept(tmp_path: Path, dtype: Any, channels: int, extension: str, endian: str) -> None:
+    exif, place = Image.Exif(), 0x8825
+    exif.endian = endian
+    exif[0x010F], exif[0x0132] = "Maker", "2020:01:02 03:04:05"
+    exif.get_ifd(0x8769).update({0x9003: "2020:01:02 03:04:05", 0x829A: 0.005, 0x927C: b"maker's own \0\1"})
+    exif.get_ifd(place).update({1: "N", 2: (47.0, 30.0, 15.5)})
+    samples = noise(5, 7, *([channels] if channels else []), dtype=dtype)
+    picture = picture_from_array(samples)
+    picture.exif, picture.icc = exif.tobytes(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = tmp_path / f"x.{extension}"
+    assert write_image(picture, path) == []
+    with Image.open(path) as image:
+        written = image.getexif()
+        assert (written[0x010F], written[0x0132]) == ("Maker", "2020:01:02 03:04:05")
+        below, gps = written.get_ifd(0x8769), written.get_ifd(place)
+        assert (below[0x9003], below[0x829A], below[0x927C]) == ("2020:01:02 03:04:05", 0.005, b"maker's own \0\1")
+        assert (gps[1], gps[2]) == ("N", (47.0, 30.0, 15.5))
+    again = read_image(path)
+    assert (again.bit_depth, again.icc) == (picture.bit_depth, picture.icc)
+    assert again.exif is not None
+
+
 def test_icc_profile_is_kept(tmp_path: Path) -> None:
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for dtype in (np.uint8, np.uint16):

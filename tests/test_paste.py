@@ -256,3 +256,25 @@ def test_align_folder_resumes_and_records_bad_files(shared_data: Path, tmp_path:
         assert 0.3 * 64 < float(row["leye_x"]) < 0.45 * 64
     with pytest.raises(IdmFastError, match="expected a folder"):
         align_folder(tmp_path / "missing", target)
+
+
+def test_align_folder_does_a_changed_photograph_again(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(source / "a.png")
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(source / "b.png")
+    (source / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+
+    def rows(name: str) -> list[str]:
+        with (target / name).open(newline="") as file:
+            return [row["source"] for row in csv.DictReader(file)]
+
+    first = align_folder(source, target, 32, detector=lambda _: [face_at(48, 48, 80).face])
+    assert (first.photographs, first.crops, first.skipped) == (3, 2, 1)
+    assert rows("faces.csv") == ["a.png", "b.png"]
+    Image.fromarray((texture(96, 96) * 255).astype(np.uint8)).save(source / "a.png")
+    (source / "b.png").unlink()
+    again = align_folder(source, target, 32, detector=lambda _: [face_at(48, 48, 80).face])
+    assert (again.photographs, again.crops, again.resumed) == (1, 1, 1)
+    assert rows("faces.csv") == ["b.png", "a.png"]  # what is gone keeps its crop
+    assert sorted(rows("done.csv")) == ["a.png", "b.png", "gone.jpg"]

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from idm_fast.kernels import extension
 from idm_fast.kernels.program import Program
-from idm_fast.ops import channel_stats, norm_coefficients, sampler_update, use_backend
+from idm_fast.ops import (
+    PackedWeight,
+    channel_stats,
+    conv2d,
+    conv2d_stats,
+    norm_coefficients,
+    sampler_update,
+    use_backend,
+)
 
 pytestmark = pytest.mark.skipif(extension.native is None, reason=str(extension.missing))
 
@@ -163,3 +171,23 @@ def test_python_goes_on_beside_it_and_can_stop_it() -> None:
     thread.join()
     assert seen == ["program: calls must be recorded before it runs, got a call while it runs"]
     assert 10 <= step.item() < 10**9
+
+
+def test_a_convolution_in_a_program() -> None:
+    """What the engine does: packed weights, room for statistics, other weights while the program stays as it is."""
+    x, first, second = image(2, 8, 9, 5), image(20, 8, 3, 3, seed=1), image(20, 8, 3, 3, seed=2)
+    weight = PackedWeight(first.clone(memory_format=torch.preserve_format))
+    with use_backend("cpu"):
+        room = conv2d_stats(x, weight)
+    out, program = torch.full((2, 9, 5, 20), math.nan).permute(0, 3, 1, 2), Program()
+    options = (None, None, False, None, None, None, None, None, True, out, room)
+    result = program.record("conv2d", x, weight, None, 1, False, *options)
+    assert result[0] is out
+    for values in (first, second):
+        weight.load(values)
+        program.run()
+        with use_backend("cpu"):
+            expected, stats = conv2d(x, values, with_stats=True)
+        assert torch.equal(out, expected)
+        assert torch.equal(room.partials, stats.partials)
+        assert torch.equal(room.counts, stats.counts)

@@ -150,6 +150,13 @@ def test_a_time_budget_stops_and_the_same_command_goes_on(
     assert _state(settings)["seconds"] > 0
 
 
+def test_without_a_terminal_there_is_no_progress_bar(
+    settings: TrainSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(settings).run()
+    assert capsys.readouterr().err == f"{settings.out}: step 6 of 6, wrote model.safetensors\n"
+
+
 def test_what_a_run_leaves(settings: TrainSettings) -> None:
     settings = replace(settings, sheet_every=4)
     settings.out.mkdir()

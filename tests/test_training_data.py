@@ -152,6 +152,12 @@ def test_a_table_chooses_split_and_size(tmp_path: Path) -> None:
         list_faces(tmp_path, "val", 400)
 
 
+def test_a_table_that_a_spreadsheet_saved(tmp_path: Path) -> None:
+    """They put a byte-order mark first, which would become part of the first column's name."""
+    (tmp_path / "faces.csv").write_text("file,split,native_px\r\na.png,train,300\r\n", encoding="utf-8-sig")
+    assert list_faces(tmp_path, "train") == [FaceFile(tmp_path / "a.png", 300, "")]
+
+
 def test_a_folder_without_a_table_is_all_for_training(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     _save(tmp_path / "deep" / "b.PNG", 8)

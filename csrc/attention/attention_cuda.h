@@ -6,7 +6,12 @@
 
 namespace idm {
 
-void attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, double scale,
-                    uint64_t stream);
+// How many parts the keys are best cut into, so that a small image fills the current device: a function of the shape and
+// the device's multiprocessors alone. d <= 512.
+int64_t attention_cuda_splits(int64_t samples, int64_t length, int64_t heads, int64_t d, int64_t keys);
+
+// workspace: [splits, N, L, heads, d + 2] float32 contiguous, null for one split. The same bits for the same splits.
+void attention_cuda(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+                    const TensorView& workspace, double scale, uint64_t stream);
 
 }  // namespace idm

@@ -29,9 +29,9 @@ void conv2d(const TensorView& x, const TensorView& skip, const TensorView& coeff
             const TensorView& weight, int64_t kernel, int64_t stride, bool upsample, const TensorView& bias,
             const TensorView& shortcut, const TensorView& shortcut_skip, const TensorView& shortcut_weight,
             const TensorView& time_shift, const TensorView& residual, const TensorView& out,
-            const TensorView& partials, int threads) {
-  const ConvInputs in{x,        skip, coefficients, shortcut, shortcut_skip, residual,
-                      out, partials, silu,         upsample, kernel,        stride};
+            const TensorView& partials, const TensorView& counts, int threads) {
+  const ConvInputs in{x,   skip,     coefficients, shortcut, shortcut_skip, residual,
+                      out, partials, counts,       silu,     upsample,      kernel, stride};
   const ConvGrid g = check_conv(kOp, in);
   const int type = static_cast<int>(x.dtype);
   check_packed("weight", weight, conv2d_packed_bytes(type, g.phases, g.cout, g.taps, g.channels));
@@ -40,7 +40,7 @@ void conv2d(const TensorView& x, const TensorView& skip, const TensorView& coeff
   if (shortcut)
     check_packed("shortcut_weight", shortcut_weight, conv2d_packed_bytes(type, 1, g.cout, 1, g.shortcut_channels));
   const Conv2dKernels& k = conv2d_kernels();
-  check_partials(kOp, in, g, k.per_word[type]);
+  check_stats(kOp, in, g, k.per_word[type]);
   thread_local std::vector<float> base;
   conv_base(kOp, g, bias, time_shift, base);
   if (out.numel() == 0) return;

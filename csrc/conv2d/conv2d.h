@@ -12,6 +12,7 @@
 //   bias [Cout], time_shift [N, Cout] with dense rows; each of any float type. residual, out [N, Cout, Ho, Wo]
 //   partials         [N, P, 2, Cout] float32 or null: (mean, sum of squared differences from it) of what was stored,
 //                    per piece: a block of conv2d_block_rows rows of the (not upsampled) grid, and phase in it
+//   counts           [P] float32, given with partials: positions in each piece
 //
 // Products of bfloat16 pairs where the instruction set has them, float32 products otherwise; sums in float32. How an
 // image is cut depends on its shape alone: the result is the same bits for every number of threads.
@@ -26,7 +27,7 @@ void conv2d(const TensorView& x, const TensorView& skip, const TensorView& coeff
             const TensorView& weight, int64_t kernel, int64_t stride, bool upsample, const TensorView& bias,
             const TensorView& shortcut, const TensorView& shortcut_skip, const TensorView& shortcut_weight,
             const TensorView& time_shift, const TensorView& residual, const TensorView& out,
-            const TensorView& partials, int threads);
+            const TensorView& partials, const TensorView& counts, int threads);
 
 // Bytes of a packed weight of [matrices][Cout][taps][C] for the instruction set in use.
 int64_t conv2d_packed_bytes(int dtype, int64_t matrices, int64_t cout, int64_t taps, int64_t channels);

@@ -99,7 +99,9 @@ void conv_base(const char* op, const ConvGrid& g, const TensorView& bias, const 
   add_rows(time_shift, "time_shift", 2);
 }
 
-void check_partials(const char* op, const ConvInputs& in, const ConvGrid& g, int64_t per_word) {
+void check_stats(const char* op, const ConvInputs& in, const ConvGrid& g, int64_t per_word) {
+  require(static_cast<bool>(in.partials) == static_cast<bool>(in.counts), op,
+          "partials and counts must be given together");
   if (!in.partials) return;
   const TensorView& t = in.partials;
   const int64_t block = conv_block_rows(per_word, g.rows, g.cols, g.channels, in.kernel, in.stride);
@@ -107,6 +109,9 @@ void check_partials(const char* op, const ConvInputs& in, const ConvGrid& g, int
   const bool ok = t.ndim == 4 && t.dtype == DType::kFloat32 && t.shape[0] == g.samples && t.shape[1] == pieces &&
                   t.shape[2] == 2 && t.shape[3] == g.cout && is_contiguous(t);
   require(ok, op, "partials must be a contiguous float32 tensor [N, P, 2, Cout]");
+  const TensorView& counts = in.counts;
+  require(counts.ndim == 1 && counts.dtype == DType::kFloat32 && counts.shape[0] == pieces && is_contiguous(counts), op,
+          "counts must be a contiguous float32 tensor [P]");
 }
 
 int64_t conv_block_rows(int64_t per_word, int64_t rows, int64_t cols, int64_t channels, int64_t kernel,
@@ -179,6 +184,12 @@ void run_conv(const ConvInputs& in, const ConvGrid& g, const ConvCode& code, int
     q.target = s.shortcut;
     code.prepare_shortcut(q);
   };
+
+  if (in.counts)
+    for (int64_t piece = 0; piece < blocks * g.phases; ++piece) {
+      const int64_t rows = std::min(block_rows, g.rows - piece / g.phases * block_rows);
+      in.counts.as<float>()[piece] = static_cast<float>(rows * g.cols);
+    }
 
   // Tasks of one block are neighbours, so that a worker mostly finds its rows prepared.
   const int64_t parts = strips * g.phases;

@@ -8,7 +8,7 @@
 namespace idm {
 
 struct ConvInputs {
-  TensorView x, skip, coefficients, shortcut, shortcut_skip, residual, out, partials;
+  TensorView x, skip, coefficients, shortcut, shortcut_skip, residual, out, partials, counts;
   bool silu, upsample;
   int64_t kernel, stride;
 };
@@ -37,7 +37,7 @@ ConvGrid check_conv(const char* op, const ConvInputs& in);
 // bias [Cout] + time_shift [N, Cout], either of them or both absent: [N][Cout, padded to a vector].
 void conv_base(const char* op, const ConvGrid& grid, const TensorView& bias, const TensorView& time_shift,
                std::vector<float>& base);
-void check_partials(const char* op, const ConvInputs& in, const ConvGrid& grid, int64_t per_word);
+void check_stats(const char* op, const ConvInputs& in, const ConvGrid& grid, int64_t per_word);
 
 const Conv2dKernels& conv2d_kernels();  // of the instruction set in use
 int64_t conv_block_rows(int64_t per_word, int64_t rows, int64_t cols, int64_t channels, int64_t kernel, int64_t stride);

@@ -48,9 +48,10 @@ void check_activation(const TensorView& t, int64_t samples) {
 void conv2d_int8(const TensorView& x, const TensorView& skip, const TensorView& coefficients, bool silu,
                  const TensorView& weight, const TensorView& weight_scale, const TensorView& activation, int64_t kernel,
                  int64_t stride, bool upsample, const TensorView& bias, const TensorView& time_shift,
-                 const TensorView& residual, const TensorView& out, const TensorView& partials, int threads) {
+                 const TensorView& residual, const TensorView& out, const TensorView& partials,
+                 const TensorView& counts, int threads) {
   const TensorView none{};
-  const ConvInputs in{x, skip, coefficients, none, none, residual, out, partials, silu, upsample, kernel, stride};
+  const ConvInputs in{x, skip, coefficients, none, none, residual, out, partials, counts, silu, upsample, kernel, stride};
   const ConvGrid g = check_conv(kOp, in);
   const Conv2dInt8Kernels& k = kernels();
   const int64_t padded = round_up(g.cout, k.width);
@@ -62,7 +63,7 @@ void conv2d_int8(const TensorView& x, const TensorView& skip, const TensorView& 
                         weight_scale.numel() == g.phases * g.cout;
   require(scale_ok, kOp, "weight_scale must be a contiguous float32 tensor [Cout], or [4, Cout] with upsample");
   check_activation(activation, g.samples);
-  check_partials(kOp, in, g, kPerWord);
+  check_stats(kOp, in, g, kPerWord);
   thread_local std::vector<float> base, scale;
   thread_local std::vector<int32_t> start;
   conv_base(kOp, g, bias, time_shift, base);

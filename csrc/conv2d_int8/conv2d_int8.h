@@ -18,7 +18,8 @@ namespace idm {
 void conv2d_int8(const TensorView& x, const TensorView& skip, const TensorView& coefficients, bool silu,
                  const TensorView& weight, const TensorView& weight_scale, const TensorView& activation, int64_t kernel,
                  int64_t stride, bool upsample, const TensorView& bias, const TensorView& time_shift,
-                 const TensorView& residual, const TensorView& out, const TensorView& partials, int threads);
+                 const TensorView& residual, const TensorView& out, const TensorView& partials,
+                 const TensorView& counts, int threads);
 
 int64_t conv2d_int8_packed_bytes(int64_t matrices, int64_t cout, int64_t taps, int64_t channels);
 void conv2d_int8_pack(const TensorView& weight, int64_t matrices, int64_t cout, int64_t taps, int64_t channels,

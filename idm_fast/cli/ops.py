@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from idm_fast.errors import IdmFastError
+from idm_fast.kernels.dispatch import BackendError, forced_backends
 from idm_fast.kernels.extension import missing, native
 from idm_fast.ops import BACKENDS, OPS
 
@@ -31,7 +32,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
-    """The table as plain data: ``ops[name]`` = {"formula", "automatic", "backends": {backend: "yes" or the reason}}."""
+    """The table as plain data: ``ops[name]`` = {"formula", "automatic", "backends": {backend: "yes" or the reason}}.
+
+    ``forced``: what ``IDM_FAST_BACKEND`` names, in order of preference. Raises ``IdmFastError`` where it names no back
+    end, and for a device that is not there.
+    """
+    try:
+        forced = forced_backends()
+    except BackendError as error:
+        raise IdmFastError(f"IDM_FAST_BACKEND: {error}") from None
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -42,6 +51,7 @@ def describe(device: str | None = None, dtype: str | None = None) -> dict[str, A
     return {
         "device": str(place),
         "dtype": dtype,
+        "forced": list(forced),
         "native": {"cpu_isa": native.cpu_isa(), "threads": native.threads_runtime()}
         if native
         else {"missing": missing},
@@ -64,4 +74,5 @@ def as_text(report: dict[str, Any]) -> str:
         for backend in BACKENDS:
             mark = "*" if backend == row["automatic"] else " "
             lines.append(f"  {mark} {backend:<10} {row['backends'][backend]}")
-    return "\n".join([*lines, "", "* runs unless another is forced with --backend or IDM_FAST_BACKEND"])
+    lines += ["", "* runs unless another is forced with --backend or IDM_FAST_BACKEND"]
+    return "\n".join([*lines, f"IDM_FAST_BACKEND forces {', '.join(report['forced'])}"] if report["forced"] else lines)

@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         t.add_argument(flag, type=type(value), default=value, help=f"{text} (default: {value})")
     t.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default=d.precision, help="default: %(default)s")
     t.add_argument("--init-from", type=Path, help="model file to start from; tensors of other shapes start anew")
+    # Not a default: the verb's own --debug, before KIND, would be overwritten by it.
+    t.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     losses = t.add_argument_group("loss", "weights of its terms (0 leaves one out), and their settings")
     for item in fields(LossWeights):
         flag, kind = f"--loss-{item.name.replace('_', '-')}", type(item.default)

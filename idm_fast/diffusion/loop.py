@@ -9,7 +9,8 @@ from torch import Tensor
 
 from idm_fast.diffusion.table import SamplerTable
 from idm_fast.errors import IdmFastError
-from idm_fast.kernels import philox_normal, sampler_update
+from idm_fast.kernels.philox_normal import philox_normal
+from idm_fast.kernels.sampler_update import sampler_update
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]

@@ -18,6 +18,7 @@ from idm_fast.kernels.channel_stats import ChannelStats
 
 ALIGNMENT = 256  # bytes: whole cache lines, and what every vector load and copy engine likes
 Placed = TypeVar("Placed", Value, StatsValue)
+Stats = tuple[dict[StatsValue, ChannelStats], int]
 Life = tuple[int, int]  # numbers of the first and the last node that touch it
 
 
@@ -106,6 +107,22 @@ def images(nodes: Sequence[Node]) -> tuple[dict[Value, int], int]:
     """``offsets`` of every value of ``nodes`` but the statistics."""
     lives = lifetimes(nodes, Value)
     return offsets({value: value.nbytes for value in lives}, lives)
+
+
+def statistics(nodes: Sequence[Node], pieces: Mapping[StatsValue, int], device: torch.device) -> Stats:
+    """Room for all statistics, each in so many pieces."""
+    sizes = {}
+    for value, count in pieces.items():
+        n, c = value.image.shape[:2]
+        sizes[value] = 4 * (n * count * 2 * c + count)
+    places, total = offsets(sizes, lifetimes(nodes, StatsValue))
+    memory = torch.zeros(total, dtype=torch.uint8, device=device)
+    found = {}
+    for value, count in pieces.items():
+        n, c = value.image.shape[:2]
+        floats = memory[places[value] :][: sizes[value]].view(torch.float32)
+        found[value] = ChannelStats(floats[:-count].view(n, count, 2, c), floats[-count:])
+    return found, total
 
 
 def viewed(memory: Tensor, offset: int, value: Value) -> Tensor:

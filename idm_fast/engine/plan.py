@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.engine.bind import Bound, bind
-from idm_fast.engine.buffers import Arena, Buffers, images, viewed
+from idm_fast.engine.bind import BoundNode, bind, pieces
+from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
 from idm_fast.engine.memory import require
+from idm_fast.engine.nodes import Conv
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
 
@@ -22,20 +23,19 @@ class Plan:
     def __init__(self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int, arena: Arena) -> None:
         self.lowered, self.tables = lowered, tables
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=weights.device)
-        places, self.nbytes = images((*lowered.setup, *lowered.step))
+        nodes = (*lowered.setup, *lowered.step)
+        places, self.nbytes = images(nodes)
         if self.nbytes > arena.nbytes:
             require(self.nbytes, weights.device)
         memory = arena.take(self.nbytes)
         tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
         self.buffers = Buffers(tensors, {}, tables.row, tables.rows, tables.coefficients, tables.step, self.seeds)
+        counts = {n.out_stats: pieces(n, self.buffers, weights) for n in nodes if isinstance(n, Conv) and n.out_stats}
+        self.buffers.stats, self.stats_nbytes = statistics(nodes, counts, weights.device)
         self.setup_calls = [bind(node, self.buffers, weights) for node in lowered.setup]
         self.step_calls = [bind(node, self.buffers, weights) for node in lowered.step]
         begin, end = lowered.inner
         self._outer_calls = [*self.step_calls[:begin], *self.step_calls[end:]]
-
-    @property
-    def stats_nbytes(self) -> int:
-        return sum(tensor.nbytes for stats in self.buffers.stats.values() for tensor in stats)
 
     @property
     def x(self) -> Tensor:
@@ -57,6 +57,6 @@ class Plan:
         _run(self._outer_calls if reuse else self.step_calls)
 
 
-def _run(calls: list[Bound]) -> None:
+def _run(calls: list[BoundNode]) -> None:
     for bound in calls:
         bound.call()

@@ -66,15 +66,15 @@ def align_folder(
     # Made before the loop: a missing detector is an error of the run, not of each photograph.
     detector = detector or shared_detector()
     photographs = [path for path in _photographs(src) if not path.is_relative_to(dst)]
+    lengths = {path.relative_to(src).as_posix(): _length(path) for path in photographs}
     report = AlignReport()
     try:
         for split in ("train", "val"):
             (dst / split).mkdir(parents=True, exist_ok=True)
-        finished = _resume(dst)
+        finished = _resume(dst, lengths)
         with _open(dst / "faces.csv", "a") as rows, _open(dst / "done.csv", "a") as done:
-            for index, path in enumerate(photographs):
-                source, length = path.relative_to(src).as_posix(), path.stat().st_size
-                if (source, str(length)) in finished:
+            for index, (path, (source, length)) in enumerate(zip(photographs, lengths.items(), strict=True)):
+                if source in finished:
                     report.resumed += 1
                 else:
                     found, reason = _read_faces(path, detector)
@@ -143,21 +143,33 @@ def _to_pixels(crop: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.fl
     return pixels
 
 
-def _resume(dst: Path) -> set[tuple[str, str]]:
-    """Photographs (path, bytes) that an earlier run finished; rows of an unfinished one are taken out of the list."""
+def _length(path: Path) -> int:
+    """Bytes of a file; -1 of one that cannot be asked, such as a broken link: reading it will say why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _resume(dst: Path, lengths: dict[str, int]) -> set[str]:
+    """Photographs that an earlier run finished; rows of an unfinished or since changed one are taken out of the lists.
+
+    ``lengths``: bytes of each photograph that is there now. One that is gone keeps its crops.
+    """
     done_path, faces_path = dst / "done.csv", dst / "faces.csv"
-    finished: dict[str, str] = {}
+    finished: dict[str, dict[str, str]] = {}
     if done_path.exists():
         with _open(done_path, "r") as file:
-            finished = {row["source"]: row["bytes"] for row in csv.DictReader(file) if row.get("reason") is not None}
+            rows = [row for row in csv.DictReader(file) if row.get("reason") is not None]
+        finished = {row["source"]: row for row in rows if row["bytes"] == str(lengths.get(row["source"], row["bytes"]))}
     kept: list[dict[str, str]] = []
     if faces_path.exists():
         with _open(faces_path, "r") as file:
             kept = [row for row in csv.DictReader(file) if row.get("source") in finished and None not in row.values()]
+    # The faces last: after a crash between the two, rows without their photograph's entry are taken out again.
+    _rewrite(done_path, DONE_COLUMNS, list(finished.values()))
     _rewrite(faces_path, FACE_COLUMNS, kept)
-    if not done_path.exists():
-        _rewrite(done_path, DONE_COLUMNS, [])
-    return set(finished.items())
+    return set(finished)
 
 
 def _rewrite(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> None:

@@ -17,7 +17,8 @@ from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic_file
 from idm_fast.images.limits import WRITABLE
 from idm_fast.images.picture import Picture, quantise
-from idm_fast.images.sixteen_bit import write_png16, write_tiff16
+from idm_fast.images.sixteen_bit import write_png16
+from idm_fast.images.tiff import write_tiff
 
 _WITH_ALPHA = frozenset({"PNG", "WEBP", "TIFF"})
 _WITH_16_BIT = frozenset({"PNG", "TIFF"})
@@ -63,10 +64,12 @@ def write_image(picture: Picture, path: str | Path, *, quality: int = 95) -> lis
         notes.append("the EXIF data are too large for JPEG; they were left out")
         picture = replace(picture, exif=None)
     with atomic_file(path) as file:
-        if bit_depth == 16 and (kind == "PNG" or samples.ndim == 3):
-            _write_deep(file, samples, kind, picture)
-            if kind == "TIFF" and picture.exif:
-                notes.append("EXIF data were left out of the 16-bit TIFF")
+        if kind == "TIFF":
+            if bit_depth == 16 and samples.shape[2:] == (2,):  # which hardly any program reads
+                samples = samples[..., [0, 0, 0, 1]]
+            write_tiff(file, samples, exif=picture.exif, icc=picture.icc)
+        elif bit_depth == 16:
+            write_png16(file, samples, exif=picture.exif, icc=picture.icc)
         else:
             _write_with_pillow(file, samples, kind, picture, quality)
     return notes
@@ -97,15 +100,6 @@ def _over_white(picture: Picture) -> Picture:
     return flat
 
 
-def _write_deep(file: IO[bytes], samples: npt.NDArray[Any], kind: str, picture: Picture) -> None:
-    if kind == "PNG":
-        write_png16(file, samples, exif=picture.exif, icc=picture.icc)
-        return
-    if samples.shape[2] == 2:  # hardly any program reads a 16-bit grey-with-alpha TIFF
-        samples = samples[..., [0, 0, 0, 1]]
-    write_tiff16(file, samples, icc=picture.icc)
-
-
 def _write_with_pillow(file: IO[bytes], samples: npt.NDArray[Any], kind: str, picture: Picture, quality: int) -> None:
     options: dict[str, Any] = {}
     if kind in _WITH_METADATA:
@@ -114,8 +108,6 @@ def _write_with_pillow(file: IO[bytes], samples: npt.NDArray[Any], kind: str, pi
         options |= {"quality": quality, "subsampling": 0}
     elif kind == "WEBP":
         options |= {"quality": quality}
-    elif kind == "TIFF":
-        options |= {"compression": "tiff_adobe_deflate"}
     image = Image.fromarray(samples)
     try:
         image.save(file, kind, **options)

@@ -42,7 +42,7 @@ def list_faces(folder: Path, split: str, min_native_px: int = 0) -> list[FaceFil
     table = folder / "faces.csv"
     if table.is_file():
         try:
-            with table.open(newline="", encoding="utf-8") as file:
+            with table.open(newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise IdmFastError(f"{table}: cannot be read as a table: {error}") from None

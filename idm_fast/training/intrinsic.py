@@ -100,7 +100,8 @@ class Trainer:
         """
         s, main = self.settings, self.group.is_main
         started, before = time.monotonic(), self.seconds
-        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=not main, smoothing=0.02)
+        # None: shown in a terminal only; elsewhere log.csv tells the same without a line for every redraw.
+        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=None if main else True, smoothing=0.02)
         with bar, Log(s.out, main, self.step) as log:
             for x0, y in self._batches():
                 terms = self._step(x0, y)

@@ -73,7 +73,20 @@ def _cuda_limits(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | No
     d = q.shape[-1]
     if d > MAX_CUDA_HEAD or d % CUDA_VECTOR:
         return f"takes heads of width <= {MAX_CUDA_HEAD} and a multiple of {CUDA_VECTOR}, not {d}"
-    for tensor in (q, k, v):
+    return _unaligned(q, k, v)
+
+
+def _xformers_limits(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None) -> str | None:
+    """What all of its kernels take: where none takes a call it raises, and torch, the next row, would not run."""
+    if q.shape[-1] % CUDA_VECTOR:
+        return f"takes heads of a width that is a multiple of {CUDA_VECTOR}, not {q.shape[-1]}"
+    if not scale > 0:  # the highest product is the highest score for these only
+        return f"takes scales above 0, not {scale}"
+    return _unaligned(q, k, v)
+
+
+def _unaligned(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
         whole = all(s % CUDA_VECTOR == 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if n > 1)
         if not whole or tensor.data_ptr() % 16:
             return "takes rows aligned to 16 bytes"
@@ -102,7 +115,13 @@ OP = Op(
             limits=_cuda_limits,
         ),
         Backend("cpu", f"{__name__}.native:attention", frozenset({"cpu"}), FLOATS),
-        Backend("xformers", f"{__name__}.xformers_backend:attention", frozenset({"cuda"}), FLOATS),
+        Backend(
+            "xformers",
+            f"{__name__}.xformers_backend:attention",
+            frozenset({"cuda"}),
+            FLOATS,
+            limits=_xformers_limits,
+        ),
         Backend("torch", f"{__name__}.torch_backend:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:attention", frozenset({"cpu", "cuda"}), ANY_FLOAT),
     ],

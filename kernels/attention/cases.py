@@ -56,6 +56,8 @@ CASES = [
     case("head200", "a head between two widths", (1, 33, 1, 200)),
     case("wide_tail", "a wide head that is no multiple of a tile", (1, 20, 1, 304)),
     case("panel_tail", "one key more than the key blocks hold", (1, 5, 1, 72), keys=257),
+    case("long_cross", "few queries, many keys: too few blocks unless the keys are cut", (1, 5, 1, 40), keys=1100),
+    case("long_wide", "the same for a head whose values take two blocks", (1, 9, 1, 264), keys=310),
     case("cross", "more keys than queries", (1, 9, 2, 16), keys=70),
     case("cross_one_key", "one key: its value, whatever the score", (2, 37, 1, 24), keys=1),
     case("sharp", "scores of +-1e3: the maximum must be subtracted", (1, 40, 1, 32), spread=14.0),

@@ -218,7 +218,7 @@ def exact(inputs: Inputs) -> Outputs:
     out = reference(
         i["x"], i["weight"], i.get("bias"), i["stride"], i["upsample"], i.get("skip"), i.get("coefficients"),
         i["silu"], i.get("shortcut"), i.get("shortcut_skip"), i.get("shortcut_weight"), i.get("time_shift"),
-        i.get("residual"), False, None,
+        i.get("residual"), False, None, None,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     n, c = out.shape[:2]

@@ -1,4 +1,4 @@
-"""The checks of conv2d, and the shape of its result."""
+"""The checks of conv2d (in parts also of its quantised versions), and the shapes of what it writes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels import check
+from idm_fast.kernels.channel_stats import ChannelStats
 
 NAME = "conv2d"
 
 # What every backend takes, in this order: the arguments of ``conv2d``.
 Arguments = tuple[
     Tensor, Tensor, Tensor | None, int, bool, Tensor | None, Tensor | None, bool, Tensor | None, Tensor | None,
-    Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None,
+    Tensor | None, Tensor | None, Tensor | None, bool, Tensor | None, ChannelStats | None,
 ]  # fmt: skip
 Shape = tuple[int, int, int, int]
 
@@ -41,6 +42,7 @@ def check_arguments(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Shape:
     """Raises ``ContractError`` for the first argument that breaks the contract; returns the shape of the result."""
     read = {
@@ -49,21 +51,12 @@ def check_arguments(
         "residual": residual,
     }  # fmt: skip
     check.no_autograd(NAME, *read.values(), out)
-    if x.dim() != 4:
-        check.fail(NAME, "x", "4-dimensional", "[N, C1, H, W]", list(x.shape))
-    check.floating(NAME, "x", x)
-    check.nhwc(NAME, "x", x)
-    n, c, h, w = x.shape
-    if 0 in (c, h, w):
-        check.fail(NAME, "x", "of at least one channel and position", "C1, H, W >= 1", list(x.shape))
-    if skip is not None:
-        _image("skip", skip, x, (n, -1, h, w))
-        c += skip.shape[1]
-    _weight(weight, x, c, stride, upsample)
+    n, c = input_channels(NAME, x, skip)
+    check_weight(NAME, weight, x.dtype, x, c, stride, upsample)
     shape = output_shape(x, weight, stride, upsample)
     cout = shape[1]
     if bias is not None:
-        _parameter("bias", bias, x, "[Cout]", (cout,))
+        check_parameter(NAME, "bias", bias, x, "[Cout]", (cout,))
     if coefficients is not None:
         check.shape_is(NAME, "coefficients", coefficients, "[N, 3, C]", (n, 3, c))
         check.dtype_in(NAME, "coefficients", coefficients, (torch.float32, *_double(x)))
@@ -74,41 +67,54 @@ def check_arguments(
         check.fail(NAME, "silu", "given with coefficients", "False without them", silu)
     _shortcut(x, shape, shortcut, shortcut_skip, shortcut_weight)
     if time_shift is not None:
-        _parameter("time_shift", time_shift, x, "[N, Cout]", (n, cout))
+        check_parameter(NAME, "time_shift", time_shift, x, "[N, Cout]", (n, cout))
     if residual is not None:
-        _image("residual", residual, x, shape)
-    if out is not None:
-        _image("out", out, x, shape)
-        check.all_apart(NAME, {"out": out}, {name: tensor for name, tensor in read.items() if tensor is not None})
+        check_image(NAME, "residual", residual, x, shape)
+    check_written(NAME, x, shape, with_stats, out, out_stats, read)
     return shape
 
 
-def _weight(weight: Tensor, x: Tensor, c: int, stride: int, upsample: bool) -> None:
-    check.dtype_in(NAME, "weight", weight, (x.dtype,))
-    check.device_is(NAME, "weight", weight, x.device)
+def input_channels(op: str, x: Tensor, skip: Tensor | None) -> tuple[int, int]:
+    """(N, C) of x and skip, checked."""
+    if x.dim() != 4:
+        check.fail(op, "x", "4-dimensional", "[N, C1, H, W]", list(x.shape))
+    check.floating(op, "x", x)
+    check.nhwc(op, "x", x)
+    n, c, h, w = x.shape
+    if 0 in (c, h, w):
+        check.fail(op, "x", "of at least one channel and position", "C1, H, W >= 1", list(x.shape))
+    if skip is not None:
+        check_image(op, "skip", skip, x, (n, -1, h, w))
+        c += skip.shape[1]
+    return n, c
+
+
+def check_weight(op: str, weight: Tensor, dtype: torch.dtype, x: Tensor, c: int, stride: int, upsample: bool) -> None:
+    check.dtype_in(op, "weight", weight, (dtype,))
+    check.device_is(op, "weight", weight, x.device)
     if upsample:
         if stride != 1:
-            check.fail(NAME, "stride", "1 with upsample", 1, stride)
+            check.fail(op, "stride", "1 with upsample", 1, stride)
         if weight.dim() != 5:
             contract = "the phase weights of phase_weights(weight)"
-            check.fail(NAME, "weight", contract, "[4, Cout, C, 2, 2]", list(weight.shape))
+            check.fail(op, "weight", contract, "[4, Cout, C, 2, 2]", list(weight.shape))
         cout = weight.shape[1]
-        check.shape_is(NAME, "weight", weight, "[4, Cout, C, 2, 2]", (4, cout, c, 2, 2))
+        check.shape_is(op, "weight", weight, "[4, Cout, C, 2, 2]", (4, cout, c, 2, 2))
         if not weight.permute(0, 1, 3, 4, 2).is_contiguous():
             expected = f"strides {[4 * cout * c, 4 * c, 1, 2 * c, c]}"
-            check.fail(NAME, "weight", "in the order [4][Cout][2][2][C]", expected, f"strides {list(weight.stride())}")
+            check.fail(op, "weight", "in the order [4][Cout][2][2][C]", expected, f"strides {list(weight.stride())}")
     else:
         if weight.dim() != 4:
-            check.fail(NAME, "weight", "4-dimensional", "[Cout, C, k, k]", list(weight.shape))
+            check.fail(op, "weight", "4-dimensional", "[Cout, C, k, k]", list(weight.shape))
         cout, k = weight.shape[0], weight.shape[3]
         if k not in (1, 3):
-            check.fail(NAME, "weight", "of kernel size", "1 or 3", k)
-        check.shape_is(NAME, "weight", weight, "[Cout, C, k, k]", (cout, c, k, k))
-        check.nhwc(NAME, "weight", weight)
+            check.fail(op, "weight", "of kernel size", "1 or 3", k)
+        check.shape_is(op, "weight", weight, "[Cout, C, k, k]", (cout, c, k, k))
+        check.nhwc(op, "weight", weight)
         if stride not in ((1,) if k == 1 else (1, 2)):
-            check.fail(NAME, "stride", f"allowed for k = {k}", "1" if k == 1 else "1 or 2", stride)
+            check.fail(op, "stride", f"allowed for k = {k}", "1" if k == 1 else "1 or 2", stride)
     if cout == 0:
-        check.fail(NAME, "weight", "of at least one output channel", "Cout >= 1", 0)
+        check.fail(op, "weight", "of at least one output channel", "Cout >= 1", 0)
 
 
 def _shortcut(
@@ -121,10 +127,10 @@ def _shortcut(
             check.fail(NAME, "shortcut_skip", "given with shortcut", "None without it", list(shortcut_skip.shape))
         return
     n, cout, h, w = shape
-    _image("shortcut", shortcut, x, (n, -1, h, w))
+    check_image(NAME, "shortcut", shortcut, x, (n, -1, h, w))
     channels = shortcut.shape[1]
     if shortcut_skip is not None:
-        _image("shortcut_skip", shortcut_skip, x, (n, -1, h, w))
+        check_image(NAME, "shortcut_skip", shortcut_skip, x, (n, -1, h, w))
         channels += shortcut_skip.shape[1]
     check.shape_is(NAME, "shortcut_weight", weight, "[Cout, Cs]", (cout, channels))
     check.dtype_in(NAME, "shortcut_weight", weight, (x.dtype,))
@@ -133,22 +139,74 @@ def _shortcut(
         check.fail(NAME, "shortcut_weight", "contiguous", "True", "False")
 
 
-def _image(name: str, image: Tensor, x: Tensor, shape: Shape) -> None:
+def check_image(op: str, name: str, image: Tensor, x: Tensor, shape: Shape) -> None:
     """An NHWC image of x's dtype and device; -1: any number of channels above zero."""
     n, c, h, w = shape
     if image.dim() != 4 or image.shape[1] == 0:
-        check.fail(NAME, name, "4-dimensional with channels", [n, "C" if c < 0 else c, h, w], list(image.shape))
-    check.shape_is(NAME, name, image, "[N, C, H, W]", (n, image.shape[1] if c < 0 else c, h, w))
-    check.dtype_in(NAME, name, image, (x.dtype,))
-    check.device_is(NAME, name, image, x.device)
-    check.nhwc(NAME, name, image)
+        check.fail(op, name, "4-dimensional with channels", [n, "C" if c < 0 else c, h, w], list(image.shape))
+    check.shape_is(op, name, image, "[N, C, H, W]", (n, image.shape[1] if c < 0 else c, h, w))
+    check.dtype_in(op, name, image, (x.dtype,))
+    check.device_is(op, name, image, x.device)
+    check.nhwc(op, name, image)
 
 
-def _parameter(name: str, value: Tensor, x: Tensor, contract: str, shape: tuple[int, ...]) -> None:
-    check.shape_is(NAME, name, value, contract, shape)
-    check.dtype_in(NAME, name, value, (torch.float32, x.dtype))
-    check.device_is(NAME, name, value, x.device)
-    check.last_dim_dense(NAME, name, value)
+def check_parameter(op: str, name: str, value: Tensor, x: Tensor, contract: str, shape: tuple[int, ...]) -> None:
+    check.shape_is(op, name, value, contract, shape)
+    check.dtype_in(op, name, value, (torch.float32, x.dtype))
+    check.device_is(op, name, value, x.device)
+    check.last_dim_dense(op, name, value)
+
+
+def check_written(
+    op: str,
+    x: Tensor,
+    shape: Shape,
+    with_stats: bool,
+    out: Tensor | None,
+    out_stats: ChannelStats | None,
+    read: dict[str, Tensor | None],
+) -> None:
+    """What is written has the shape of the result, and no memory in common with what is read or with each other."""
+    written: dict[str, Tensor] = {}
+    if out is not None:
+        check_image(op, "out", out, x, shape)
+        written["out"] = out
+    if out_stats is not None:
+        if not with_stats:
+            check.fail(op, "out_stats", "given with with_stats", "None without it", "ChannelStats")
+        if not isinstance(out_stats, ChannelStats):
+            check.fail(op, "out_stats", f"what {op}_stats returns", "ChannelStats", type(out_stats).__name__)
+        partials, counts = out_stats
+        pieces = partials.shape[1] if partials.dim() == 4 else -1
+        check.shape_is(op, "out_stats.partials", partials, "[N, P, 2, Cout]", (shape[0], pieces, 2, shape[1]))
+        check.shape_is(op, "out_stats.counts", counts, "[P]", (pieces,))
+        for name, tensor in (("out_stats.partials", partials), ("out_stats.counts", counts)):
+            check.dtype_in(op, name, tensor, (torch.promote_types(x.dtype, torch.float32),))
+            check.device_is(op, name, tensor, x.device)
+            if not tensor.is_contiguous():
+                check.fail(op, name, "contiguous", "True", "False")
+            written[name] = tensor
+    if written:
+        check.all_apart(op, written, {name: tensor for name, tensor in read.items() if tensor is not None})
+
+
+def stats_room(op: str, out_stats: ChannelStats | None, shape: Shape, pieces: int, x: Tensor) -> ChannelStats:
+    """``out_stats``, whose number of pieces is checked, or new room for that many. Called by a backend first of all."""
+    if out_stats is not None:
+        check.shape_is(op, "out_stats.counts", out_stats.counts, "[P] of this backend and shape", (pieces,))
+        return out_stats
+    n, cout, _, _ = shape
+    work = torch.promote_types(x.dtype, torch.float32)
+    partials = torch.empty((n, pieces, 2, cout), dtype=work, device=x.device)
+    return ChannelStats(partials, torch.empty((pieces,), dtype=work, device=x.device))
+
+
+def check_bound(op: str, x: Tensor, with_stats: bool, out: Tensor | None, out_stats: ChannelStats | None) -> None:
+    """What a bound call asks beyond an ordinary one."""
+    if x.shape[0] == 0:
+        check.fail(op, "x", "of at least one sample", "N >= 1", list(x.shape))
+    if out is None or (with_stats and out_stats is None):
+        check.fail(op, "out" if out is None else "out_stats", "given to a bound call", "a tensor to write to", None)
 
 
 def _double(x: Tensor) -> tuple[torch.dtype, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import Shape, output_shape
+from idm_fast.kernels.conv2d.contract import Shape, output_shape, stats_room
 from idm_fast.kernels.extension import cuda_stream, optional_view, require_cuda, view
 
 native = require_cuda()
@@ -31,22 +32,18 @@ def conv2d(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
     plan: tuple[int, int] | None = None,  # (tile, splits); None: as the native rule says
 ) -> Tensor | tuple[Tensor, ChannelStats]:
     shape = output_shape(x, weight, stride, upsample)
     n, cout, ho, wo = shape
-    if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grid = (4, x.shape[2], x.shape[3]) if upsample else (1, ho, wo)  # phases, rows, columns
-    if plan is None:
-        channels = tuple(t.shape[1] for t in (x, skip, shortcut, shortcut_skip) if t is not None)
-        plan = _plan(shape, grid, channels, weight.shape[-1], stride)
-    tile, splits = plan
+    grid = grid_of(x, shape, upsample)
+    tile, splits = _plan(shape, grid, channels_of(x, skip, shortcut, shortcut_skip), weight.shape[-1], stride, plan)
     stats = workspace = None
     if with_stats:
-        pieces = native.conv2d_cuda_pieces(tile, *grid)
-        partials = torch.empty((n, pieces, 2, cout), dtype=torch.float32, device=x.device)
-        stats = ChannelStats(partials, torch.empty((pieces,), dtype=torch.float32, device=x.device))
+        stats = stats_room("conv2d", out_stats, shape, native.conv2d_cuda_pieces(tile, *grid), x)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if splits > 1:
         workspace = torch.empty((splits, n, ho, wo, cout), dtype=torch.float32, device=x.device)
     native.conv2d_cuda(
@@ -74,10 +71,38 @@ def conv2d(
     return out if stats is None else (out, stats)
 
 
+def channels_of(*images: Tensor | None) -> tuple[int, ...]:
+    return tuple(image.shape[1] for image in images if image is not None)
+
+
+def grid_of(x: Tensor, shape: Shape, upsample: bool) -> tuple[int, int, int]:
+    """(phases, rows, columns) of the positions that are cut into tiles."""
+    return (4, x.shape[2], x.shape[3]) if upsample else (1, shape[2], shape[3])
+
+
+def _pieces(x: Tensor, weight: Tensor, _: Any, stride: int, upsample: bool, *rest: Any) -> int:
+    """Of the statistics of a call with these arguments."""
+    skip, _, _, shortcut, shortcut_skip, *_ = rest
+    shape = output_shape(x, weight, stride, upsample)
+    grid, channels = grid_of(x, shape, upsample), channels_of(x, skip, shortcut, shortcut_skip)
+    tile, _ = _plan(shape, grid, channels, weight.shape[-1], stride, None)
+    return int(native.conv2d_cuda_pieces(tile, *grid))
+
+
+conv2d.pieces = _pieces  # type: ignore[attr-defined]  # what conv2d_stats asks a backend for
+
+
 @lru_cache(maxsize=1024)
 def _plan(
-    shape: Shape, grid: tuple[int, int, int], channels: tuple[int, ...], side: int, stride: int
+    shape: Shape,
+    grid: tuple[int, int, int],
+    channels: tuple[int, ...],
+    side: int,
+    stride: int,
+    plan: tuple[int, int] | None,
 ) -> tuple[int, int]:
+    if plan is not None:
+        return plan
     chunks = sum(-(-count // CHUNK) for count in channels)
     tile, splits = native.conv2d_cuda_plan(shape[0], *grid, shape[1], chunks, side, stride)
     return tile, splits

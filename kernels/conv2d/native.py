@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import output_shape
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.packing import PackedCache, pack_weight
-from idm_fast.kernels.extension import _CODES, optional_view, require_native, view
+from idm_fast.kernels.extension import _CODES, Bound, Prepared, optional_view, require_native, view
 
 native = require_native()
 _packed = PackedCache(pack_weight)
@@ -32,27 +32,43 @@ def conv2d(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
+    call = prepare(
+        x, weight, bias, stride, upsample, skip, coefficients, silu, shortcut, shortcut_skip,
+        shortcut_weight, time_shift, residual, with_stats, out, out_stats,
+    )  # fmt: skip
+    native.conv2d(*call.arguments)
+    result: Tensor | tuple[Tensor, ChannelStats] = call.result
+    return result
+
+
+def _bind(*arguments: Any) -> Bound:
+    """The same call, of which only the number of threads is still asked."""
+    return Bound(native.conv2d, prepare(*arguments), arguments)
+
+
+def prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, upsample: bool, skip: Tensor | None,
+    coefficients: Tensor | None, silu: bool, shortcut: Tensor | None, shortcut_skip: Tensor | None,
+    shortcut_weight: Tensor | None, time_shift: Tensor | None, residual: Tensor | None, with_stats: bool,
+    out: Tensor | None, out_stats: ChannelStats | None,
+) -> Prepared:  # fmt: skip
     shape = output_shape(x, weight, stride, upsample)
-    if out is None:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    kernel = 3 if upsample else weight.shape[-1]
     stats = None
     if with_stats:
-        grid = x.shape[2:] if upsample else shape[2:]
-        channels = weight.shape[2 if upsample else 1]
-        block = native.conv2d_block_rows(_CODES[x.dtype], grid[0], grid[1], channels, kernel, stride)
-        counts = block_counts(grid[0], grid[1], block, 4 if upsample else 1)
-        stats = ChannelStats(torch.empty((shape[0], len(counts), 2, shape[1]), dtype=torch.float32), counts)
-    packed = _packed.get(weight)  # held here: a view keeps nothing alive
+        stats = stats_room("conv2d", out_stats, shape, _pieces(x, weight, bias, stride, upsample), x)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    packed = _packed.get(weight)
     packed_shortcut = None if shortcut_weight is None else _packed.get(shortcut_weight)
-    native.conv2d(
+    told = (
         view(x),
         optional_view(skip),
         optional_view(coefficients),
         silu,
         view(packed),
-        kernel,
+        3 if upsample else weight.shape[-1],
         stride,
         upsample,
         optional_view(bias),
@@ -62,15 +78,20 @@ def conv2d(
         optional_view(time_shift),
         optional_view(residual),
         view(out),
-        None if stats is None else view(stats.partials),
+        *((None, None) if stats is None else map(view, stats)),
         torch.get_num_threads(),
     )
-    return out if stats is None else (out, stats)
+    keep = (packed,) if packed_shortcut is None else (packed, packed_shortcut)
+    return Prepared(told, out if stats is None else (out, stats), keep)
 
 
-@lru_cache(maxsize=256)
-def block_counts(rows: int, cols: int, block: int, phases: int) -> Tensor:
-    """Positions of each piece of the native statistics: blocks of ``block`` rows, each once per phase."""
-    sizes = [min(block, rows - first) * cols for first in range(0, rows, block) for _ in range(phases)]
-    with torch.inference_mode(False):
-        return torch.tensor(sizes, dtype=torch.float32)
+def _pieces(x: Tensor, weight: Tensor, _: Any, stride: int, upsample: bool, *__: Any) -> int:
+    """Of the statistics of a call with these arguments."""
+    _, _, rows, columns = x.shape if upsample else output_shape(x, weight, stride, upsample)
+    channels, kernel = weight.shape[2 if upsample else 1], 3 if upsample else weight.shape[-1]
+    block = native.conv2d_block_rows(_CODES[x.dtype], rows, columns, channels, kernel, stride)
+    return (4 if upsample else 1) * -(-rows // int(block))
+
+
+# What conv2d_stats and bind_conv2d ask a backend for.
+conv2d.pieces, conv2d.bind = _pieces, _bind  # type: ignore[attr-defined]

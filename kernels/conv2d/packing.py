@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from idm_fast.kernels.conv2d.packed_weight import Pack, PackedWeight
 from idm_fast.kernels.extension import _CODES, require_native, view
 
 native = require_native()
 
-Pack = Callable[[Tensor], Tensor]
 Entry = tuple[tuple[int, int, str], Tensor]  # (address, version, instruction set) of the weight, packed
 
 
 class PackedCache:
-    """``pack(weight)`` once per weight, until its memory, its version or the instruction set changes.
+    """``pack`` once per weight, until its memory, its version or the instruction set changes.
 
     The key is the tensor object: a caller that slices or reshapes its weight in every call packs it in every call. The
     version counter sees every in-place change that autograd sees; ``weight.data`` goes behind its back and must not be
-    written. Inference tensors have no counter and are packed in every call.
+    written. Inference tensors have no counter and are packed in every call, unless they are a ``PackedWeight``.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -32,26 +32,29 @@ class PackedCache:
         return len(self._entries)
 
     def get(self, weight: Tensor) -> Tensor:
+        if isinstance(weight, PackedWeight):
+            return weight.packed(self._pack, native.cpu_isa())
         if weight.is_inference():
-            return self._pack(weight)
+            return self._pack(weight, None)
         state = (weight.data_ptr(), weight._version, native.cpu_isa())
         entry = self._entries.get(weight)
         if entry is None or entry[0] != state:
             with torch.inference_mode(False):
-                entry = (state, self._pack(weight))
+                entry = (state, self._pack(weight, None))
             self._entries[weight] = entry
         return entry[1]
 
 
 def pack_weight(
     weight: Tensor,  # [Cout, C, k, k] channels_last, phase weights [4, Cout, C, 2, 2] or [Cout, Cs]
+    room: Tensor | None = None,
 ) -> Tensor:
     """Strips of output channels, zero-padded: [phase][strip][tap][word of channels][output channel][channel in word].
 
-    Bytes for the instruction set in use and ``weight``'s dtype (see csrc/conv2d); made anew at every call.
+    Bytes for the instruction set in use and ``weight``'s dtype (see csrc/conv2d), written to ``room`` if given.
     """
     code, sizes = _CODES[weight.dtype], extents(weight)
-    packed = torch.empty(native.conv2d_packed_bytes(code, *sizes), dtype=torch.int8)
+    packed = torch.empty(native.conv2d_packed_bytes(code, *sizes), dtype=torch.int8) if room is None else room
     native.conv2d_pack(view(weight), *sizes, view(packed))
     return packed
 

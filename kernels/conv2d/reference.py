@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 
 
 def conv2d(
@@ -24,8 +25,11 @@ def conv2d(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
     work = torch.promote_types(x.dtype, torch.float32)
+    shape = output_shape(x, weight, stride, upsample)
+    stats = stats_room("conv2d", out_stats, shape, 1, x) if with_stats else None
     h = _cat(x, skip, work)
     if coefficients is not None:
         centre, gain, offset = coefficients.to(work)[:, :, :, None, None].unbind(1)
@@ -52,13 +56,17 @@ def conv2d(
     if out is None:
         out = torch.empty(y.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     out.copy_(y)
-    if not with_stats:
-        return out
-    stored = out.to(work)
+    return out if stats is None else (out, whole_stats(out, stats))
+
+
+def whole_stats(out: Tensor, stats: ChannelStats) -> ChannelStats:
+    """Statistics of a stored result in one piece, into ``stats``."""
+    stored = out.to(stats.partials.dtype)
     mean = stored.mean((2, 3))
-    m2 = (stored - mean[:, :, None, None]).square().sum((2, 3))
-    positions = torch.full((1,), float(y.shape[2] * y.shape[3]), dtype=work, device=x.device)
-    return out, ChannelStats(torch.stack([mean, m2], 1)[:, None], positions)
+    stats.partials[:, 0, 0] = mean
+    stats.partials[:, 0, 1] = (stored - mean[:, :, None, None]).square().sum((2, 3))
+    stats.counts.fill_(float(out.shape[2] * out.shape[3]))
+    return stats
 
 
 def _cat(first: Tensor, second: Tensor | None, dtype: torch.dtype) -> Tensor:

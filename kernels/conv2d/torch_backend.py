@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 
 
 def conv2d(
@@ -25,7 +26,10 @@ def conv2d(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
+    shape = output_shape(x, weight, stride, upsample)
+    stats = stats_room("conv2d", out_stats, shape, 1, x) if with_stats else None
     h = x if skip is None else torch.cat([x, skip], 1)
     if coefficients is not None:
         h = _prologue(h, coefficients, silu)
@@ -48,7 +52,7 @@ def conv2d(
         out = y.contiguous(memory_format=torch.channels_last)
     elif y is not out:
         out.copy_(y)
-    return (out, _stats(out)) if with_stats else out
+    return out if stats is None else (out, _stats(out, stats))
 
 
 def _prologue(x: Tensor, coefficients: Tensor, silu: bool) -> Tensor:
@@ -78,9 +82,11 @@ def _phases(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) 
     return out
 
 
-def _stats(out: Tensor) -> ChannelStats:
-    wide = out.to(torch.promote_types(out.dtype, torch.float32))
+def _stats(out: Tensor, stats: ChannelStats) -> ChannelStats:
+    wide = out.to(stats.partials.dtype)
     variance, mean = torch.var_mean(wide, (2, 3), correction=0)
     positions = out.shape[2] * out.shape[3]
-    counts = wide.new_full((1,), float(positions))
-    return ChannelStats(torch.stack([mean, variance * positions], 1)[:, None], counts)
+    stats.partials[:, 0, 0] = mean
+    torch.mul(variance, positions, out=stats.partials[:, 0, 1])
+    stats.counts.fill_(float(positions))
+    return stats

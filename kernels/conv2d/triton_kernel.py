@@ -6,6 +6,8 @@ pointer: concatenations exist only in the order of the steps. Offsets into tenso
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from idm_fast.kernels.aot import Variant
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import output_shape
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.tiles import FLOAT, HALF, UNALIGNED, Config, Problem, choose
 
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
@@ -223,18 +225,15 @@ def conv2d(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
     config: Config | None = None,  # how to cut it; None: as ``tiles`` says
 ) -> Tensor | tuple[Tensor, ChannelStats]:
     n, cout, ho, wo = output_shape(x, weight, stride, upsample)
     phases, rows, columns = (4, x.shape[2], x.shape[3]) if upsample else (1, ho, wo)
-    if out is None:
-        out = torch.empty((n, cout, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     side = weight.shape[-1]
-    c = [0 if t is None else t.shape[1] for t in (x, skip, shortcut, shortcut_skip)]
+    c = channels_of(x, skip, shortcut, shortcut_skip)
     if config is None:
-        k = side * side * (c[0] + c[1]) + c[2] + c[3]
-        norm, aligned = coefficients is not None, not any(count % 16 for count in c)
-        config = choose(Problem(n, phases, rows * columns, cout, k, x.element_size(), norm, aligned), x.device)
+        config = choose(problem_of(x, weight, stride, upsample, c, coefficients is not None), x.device)
     chunks = [triton.cdiv(count, config.k) for count in c]
     steps = side * side * (chunks[0] + chunks[1]) + chunks[2] + chunks[3]
     split_steps = triton.cdiv(steps, config.splits)
@@ -243,10 +242,12 @@ def conv2d(
     pieces = phases * tiles
     partials, counts, workspace = x, x, x  # an unused pointer still needs a type
     if with_stats:
-        partials = torch.empty((n, pieces, 2, cout), dtype=torch.float32, device=x.device)
-        counts = torch.empty((pieces,), dtype=torch.float32, device=x.device)
+        partials, counts = stats_room("conv2d", out_stats, (n, cout, ho, wo), pieces, x)
     if splits > 1:
         workspace = torch.empty((splits, n, ho, wo, cout), dtype=torch.float32, device=x.device)
+
+    if out is None:
+        out = torch.empty((n, cout, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def given(tensor: Tensor | None) -> Tensor:
         return x if tensor is None else tensor
@@ -274,6 +275,28 @@ def conv2d(
             BLOCK_M=config.m, BLOCK_N=narrow, num_warps=4, **flags, **OPTIONS,
         )  # fmt: skip
     return (out, ChannelStats(partials, counts)) if with_stats else out
+
+
+def channels_of(*images: Tensor | None) -> list[int]:
+    return [0 if image is None else image.shape[1] for image in images]
+
+
+def problem_of(x: Tensor, weight: Tensor, stride: int, upsample: bool, c: list[int], norm: bool) -> Problem:
+    n, cout, ho, wo = output_shape(x, weight, stride, upsample)
+    phases = 4 if upsample else 1
+    k = weight.shape[-1] * weight.shape[-2] * (c[0] + c[1]) + c[2] + c[3]
+    return Problem(n, phases, ho * wo // phases, cout, k, x.element_size(), norm, not any(count % 16 for count in c))
+
+
+def _pieces(x: Tensor, weight: Tensor, _: Any, stride: int, upsample: bool, *rest: Any) -> int:
+    """Of the statistics of a call with these arguments."""
+    skip, coefficients, _, shortcut, shortcut_skip, *_ = rest
+    c = channels_of(x, skip, shortcut, shortcut_skip)
+    problem = problem_of(x, weight, stride, upsample, c, coefficients is not None)
+    return problem.phases * triton.cdiv(problem.positions, choose(problem, x.device).m)
+
+
+conv2d.pieces = _pieces  # type: ignore[attr-defined]  # what conv2d_stats asks a backend for
 
 
 def _variant(dtype: str, form: str, c: Config, split: bool = False, channels: str = "i32:16") -> Variant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from idm_fast.kernels import check
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.contract import Shape, check_bound, stats_room
 from idm_fast.kernels.conv2d_fp8.quantise import NAME
 from idm_fast.kernels.conv2d_fp8.quantise import activation_scale as activation_scale
 from idm_fast.kernels.conv2d_fp8.quantise import quantise_weight as quantise_weight
@@ -29,7 +31,7 @@ def conv2d_fp8(
     x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None = None, *,
     stride: int = 1, upsample: bool = False, skip: Tensor | None = None, coefficients: Tensor | None = None,
     silu: bool = False, time_shift: Tensor | None = None, residual: Tensor | None = None,
-    with_stats: Literal[True], out: Tensor | None = None,
+    with_stats: Literal[True], out: Tensor | None = None, out_stats: ChannelStats | None = None,
 ) -> tuple[Tensor, ChannelStats]: ...
 # fmt: on
 def conv2d_fp8(
@@ -48,6 +50,7 @@ def conv2d_fp8(
     residual: Tensor | None = None,  # [N, Cout, Ho, Wo]
     with_stats: bool = False,
     out: Tensor | None = None,  # [N, Cout, Ho, Wo]
+    out_stats: ChannelStats | None = None,  # as made by conv2d_fp8_stats
 ) -> Tensor | tuple[Tensor, ChannelStats]:
     """a = silu((cat(x, skip) - centre) * gain + offset); q = e4m3(clamp(a / activation, -448, 448));
     y = activation * weight_scale * conv(q, weight) + bias + time_shift + residual.
@@ -60,9 +63,38 @@ def conv2d_fp8(
     Raises ``ContractError`` for arguments outside the contract and ``BackendError`` where no backend can run.
     Source: Micikevicius et al., "FP8 formats for deep learning" (arXiv 2209.05433).
     """
+    arguments, _ = _checked(
+        x, weight, weight_scale, activation, bias, stride=stride, upsample=upsample, skip=skip,
+        coefficients=coefficients, silu=silu, time_shift=time_shift, residual=residual, with_stats=with_stats, out=out,
+        out_stats=out_stats,
+    )  # fmt: skip
+    computed: Any = OP.run(x.device, x.dtype, *arguments)
+    return computed  # type: ignore[no-any-return]
+
+
+def conv2d_fp8_stats(x: Tensor, weight: Tensor, *tensors: Tensor, **options: Any) -> ChannelStats:
+    """Room for the statistics of ``conv2d_fp8`` with the same arguments, as ``conv2d_stats``."""
+    arguments, shape = _checked(x, weight, *tensors, **options)
+    return stats_room(NAME, None, shape, OP.pieces(x.device, x.dtype, *arguments), x)
+
+
+def bind_conv2d_fp8(x: Tensor, weight: Tensor, *tensors: Tensor, **options: Any) -> Callable[[], Any]:
+    """``conv2d_fp8`` of these very tensors, to be called many times, as ``bind_conv2d``."""
+    arguments, _ = _checked(x, weight, *tensors, **options)
+    check_bound(NAME, x, *arguments[-3:])
+    return OP.bind(x.device, x.dtype, *arguments)
+
+
+def _checked(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None = None, *,
+    stride: int = 1, upsample: bool = False, skip: Tensor | None = None, coefficients: Tensor | None = None,
+    silu: bool = False, time_shift: Tensor | None = None, residual: Tensor | None = None, with_stats: bool = False,
+    out: Tensor | None = None, out_stats: ChannelStats | None = None,
+) -> tuple[Arguments, Shape]:  # fmt: skip
+    """The options in the order of a backend, and the shape of the result."""
     arguments: Arguments = (
         x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu, time_shift, residual,
-        with_stats, out,
+        with_stats, out, out_stats,
     )  # fmt: skip
     shape = check_arguments(NAME, torch.float8_e4m3fn, 1, arguments)
     if activation.device.type == "cpu":
@@ -71,9 +103,7 @@ def conv2d_fp8(
                 check.fail(NAME, "activation", "a finite factor", "above 0", step)
     if x.shape[0] == 0:
         check.fail(NAME, "x", "of at least one sample", "N >= 1", list(x.shape))
-    computed: Any = OP.run(x.device, x.dtype, *arguments)
-    assert (computed[0] if with_stats else computed).shape == shape
-    return computed  # type: ignore[no-any-return]
+    return arguments, shape
 
 
 OP = Op(

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.reference import conv2d as convolution
-from idm_fast.kernels.conv2d_fp8.quantise import to_e4m3
-from idm_fast.kernels.conv2d_int8.reference import prologue, whole_stats
+from idm_fast.kernels.conv2d.reference import whole_stats
+from idm_fast.kernels.conv2d_fp8.quantise import NAME, to_e4m3
+from idm_fast.kernels.conv2d_int8.reference import prologue
 
 
 def conv2d_fp8(
@@ -26,17 +28,31 @@ def conv2d_fp8(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
+    shape = output_shape(x, weight, stride, upsample)
+    stats = stats_room(NAME, out_stats, shape, 1, x) if with_stats else None
     a = prologue(x, skip, coefficients, silu)
     step = activation.to(a.dtype)[:, :, None, None]
     steps = to_e4m3(a / step).double()
     wide = weight.double() * weight_scale.double()[..., None, None, None]
-    raw = (None, None, None)
+    raw, stored = (None, None, None), (False, None, None)
     y = convolution(
-        steps * step.double(), wide, bias, stride, upsample, None, None, False, *raw, time_shift, residual, False, None
+        steps * step.double(),
+        wide,
+        bias,
+        stride,
+        upsample,
+        None,
+        None,
+        False,
+        *raw,
+        time_shift,
+        residual,
+        *stored,
     )
     assert isinstance(y, Tensor)
     if out is None:
         out = torch.empty(y.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     out.copy_(y)
-    return (out, whole_stats(out)) if with_stats else out
+    return out if stats is None else (out, whole_stats(out, stats))

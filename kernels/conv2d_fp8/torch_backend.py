@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
+from idm_fast.kernels.conv2d.reference import whole_stats
 from idm_fast.kernels.conv2d.torch_backend import conv2d
-from idm_fast.kernels.conv2d_fp8.quantise import to_e4m3
-from idm_fast.kernels.conv2d_int8.reference import prologue, whole_stats
+from idm_fast.kernels.conv2d_fp8.quantise import NAME, to_e4m3
+from idm_fast.kernels.conv2d_int8.reference import prologue
 
 MULTIPLE = 16  # of _scaled_mm's sizes
 FIRST_CAPABILITY = (8, 9)
@@ -32,11 +34,14 @@ def conv2d_fp8(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
+    shape = output_shape(x, weight, stride, upsample)
+    stats = stats_room(NAME, out_stats, shape, 1, x) if with_stats else None
     a = prologue(x, skip, coefficients, silu)
     step = activation.to(a.dtype)[:, :, None, None]
     q = to_e4m3(a / step)
-    raw = (None, None, None)
+    raw, stored = (None, None, None), (False, None, None)
     if scaled_mm_fits(a, weight):
         y = _pointwise(q, weight) * step * weight_scale[:, None, None]
         for term in (None if bias is None else bias[None], time_shift):
@@ -45,11 +50,11 @@ def conv2d_fp8(
     else:
         wide = weight.to(a.dtype) * weight_scale.to(a.dtype)[..., None, None, None]
         values = q.to(a.dtype) * step
-        z = conv2d(values, wide, bias, stride, upsample, None, None, False, *raw, time_shift, residual, False, None)
+        z = conv2d(values, wide, bias, stride, upsample, None, None, False, *raw, time_shift, residual, *stored)
         assert isinstance(z, Tensor)
         y = z
     out = y.to(x.dtype) if out is None else out.copy_(y)
-    return (out, whole_stats(out)) if with_stats else out
+    return out if stats is None else (out, whole_stats(out, stats))
 
 
 def scaled_mm_fits(a: Tensor, weight: Tensor) -> bool:

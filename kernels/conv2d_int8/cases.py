@@ -173,7 +173,7 @@ def exact(q: Quantised, inputs: Inputs) -> Outputs:
     i = to_float64(inputs)
     out = q.reference(
         i["x"], i["weight"], i["weight_scale"], i["activation"], i.get("bias"), i["stride"], i["upsample"],
-        i.get("skip"), i.get("coefficients"), i["silu"], i.get("time_shift"), i.get("residual"), False, None,
+        i.get("skip"), i.get("coefficients"), i["silu"], i.get("time_shift"), i.get("residual"), False, None, None,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     n, c = out.shape[:2]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import output_shape
-from idm_fast.kernels.conv2d.native import block_counts
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.packing import PackedCache, extents
-from idm_fast.kernels.extension import optional_view, require_native, view
+from idm_fast.kernels.conv2d_int8.quantise import NAME
+from idm_fast.kernels.extension import Bound, Prepared, optional_view, require_native, view
 
 native = require_native()
 
 
 def pack_weight(
     weight: Tensor,  # int8 [Cout, C, k, k] channels_last or [4, Cout, C, 2, 2]
+    room: Tensor | None = None,
 ) -> Tensor:
     """Strips of output channels in words of four channels, and the sum of each output channel; see csrc/conv2d_int8."""
-    packed = torch.empty(native.conv2d_int8_packed_bytes(*extents(weight)), dtype=torch.int8)
-    native.conv2d_int8_pack(view(weight), *extents(weight), view(packed))
+    sizes = extents(weight)
+    packed = torch.empty(native.conv2d_int8_packed_bytes(*sizes), dtype=torch.int8) if room is None else room
+    native.conv2d_int8_pack(view(weight), *sizes, view(packed))
     return packed
 
 
@@ -41,20 +45,36 @@ def conv2d_int8(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
+    call = prepare(
+        x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu,
+        time_shift, residual, with_stats, out, out_stats,
+    )  # fmt: skip
+    native.conv2d_int8(*call.arguments)
+    result: Tensor | tuple[Tensor, ChannelStats] = call.result
+    return result
+
+
+def _bind(*arguments: Any) -> Bound:
+    """The same call, of which only the number of threads is still asked."""
+    return Bound(native.conv2d_int8, prepare(*arguments), arguments)
+
+
+def prepare(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None,
+    stride: int, upsample: bool, skip: Tensor | None, coefficients: Tensor | None, silu: bool,
+    time_shift: Tensor | None, residual: Tensor | None, with_stats: bool, out: Tensor | None,
+    out_stats: ChannelStats | None,
+) -> Prepared:  # fmt: skip
     shape = output_shape(x, weight, stride, upsample)
-    if out is None:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    kernel = 3 if upsample else weight.shape[-1]
     stats = None
     if with_stats:
-        grid = x.shape[2:] if upsample else shape[2:]
-        channels = weight.shape[2 if upsample else 1]
-        block = native.conv2d_int8_block_rows(grid[0], grid[1], channels, kernel, stride)
-        counts = block_counts(grid[0], grid[1], block, 4 if upsample else 1)
-        stats = ChannelStats(torch.empty((shape[0], len(counts), 2, shape[1]), dtype=torch.float32), counts)
-    packed = _packed.get(weight)  # held here: a view keeps nothing alive
-    native.conv2d_int8(
+        stats = stats_room(NAME, out_stats, shape, _pieces(x, weight, None, None, bias, stride, upsample), x)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    packed = _packed.get(weight)
+    told = (
         view(x),
         optional_view(skip),
         optional_view(coefficients),
@@ -62,14 +82,26 @@ def conv2d_int8(
         view(packed),
         view(weight_scale),
         view(activation),
-        kernel,
+        3 if upsample else weight.shape[-1],
         stride,
         upsample,
         optional_view(bias),
         optional_view(time_shift),
         optional_view(residual),
         view(out),
-        None if stats is None else view(stats.partials),
+        *((None, None) if stats is None else map(view, stats)),
         torch.get_num_threads(),
     )
-    return out if stats is None else (out, stats)
+    return Prepared(told, out if stats is None else (out, stats), (packed,))
+
+
+def _pieces(x: Tensor, weight: Tensor, _: Any, __: Any, ___: Any, stride: int, upsample: bool, *rest: Any) -> int:
+    """Of the statistics of a call with these arguments."""
+    _, _, rows, columns = x.shape if upsample else output_shape(x, weight, stride, upsample)
+    channels, kernel = weight.shape[2 if upsample else 1], 3 if upsample else weight.shape[-1]
+    block = native.conv2d_int8_block_rows(rows, columns, channels, kernel, stride)
+    return (4 if upsample else 1) * -(-rows // int(block))
+
+
+# What conv2d_int8_stats and bind_conv2d_int8 ask a backend for.
+conv2d_int8.pieces, conv2d_int8.bind = _pieces, _bind  # type: ignore[attr-defined]

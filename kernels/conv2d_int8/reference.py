@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.reference import conv2d as convolution
-from idm_fast.kernels.conv2d_int8.quantise import LEVELS
+from idm_fast.kernels.conv2d.reference import whole_stats
+from idm_fast.kernels.conv2d_int8.quantise import LEVELS, NAME
 
 
 def conv2d_int8(
@@ -25,20 +27,34 @@ def conv2d_int8(
     residual: Tensor | None,
     with_stats: bool,
     out: Tensor | None,
+    out_stats: ChannelStats | None,
 ) -> Tensor | tuple[Tensor, ChannelStats]:
+    shape = output_shape(x, weight, stride, upsample)
+    stats = stats_room(NAME, out_stats, shape, 1, x) if with_stats else None
     a = prologue(x, skip, coefficients, silu)
     step, zero = activation.to(a.dtype)[:, :, None, None, None].unbind(1)
     steps = ((a / step + zero).round().clamp(0, LEVELS) - zero).double()
     wide = weight.double() * weight_scale.double()[..., None, None, None]
-    raw = (None, None, None)
+    raw, stored = (None, None, None), (False, None, None)
     y = convolution(
-        steps * step.double(), wide, bias, stride, upsample, None, None, False, *raw, time_shift, residual, False, None
+        steps * step.double(),
+        wide,
+        bias,
+        stride,
+        upsample,
+        None,
+        None,
+        False,
+        *raw,
+        time_shift,
+        residual,
+        *stored,
     )
     assert isinstance(y, Tensor)
     if out is None:
         out = torch.empty(y.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     out.copy_(y)
-    return (out, whole_stats(out)) if with_stats else out
+    return out if stats is None else (out, whole_stats(out, stats))
 
 
 def prologue(x: Tensor, skip: Tensor | None, coefficients: Tensor | None, silu: bool) -> Tensor:
@@ -50,12 +66,3 @@ def prologue(x: Tensor, skip: Tensor | None, coefficients: Tensor | None, silu: 
     centre, gain, offset = coefficients.to(work)[:, :, :, None, None].unbind(1)
     a = (a - centre) * gain + offset
     return a * torch.sigmoid(a) if silu else a
-
-
-def whole_stats(out: Tensor) -> ChannelStats:
-    """Statistics of a stored result, in one piece."""
-    stored = out.to(torch.promote_types(out.dtype, torch.float32))
-    mean = stored.mean((2, 3))
-    m2 = (stored - mean[:, :, None, None]).square().sum((2, 3))
-    positions = stored.new_full((1,), float(out.shape[2] * out.shape[3]))
-    return ChannelStats(torch.stack([mean, m2], 1)[:, None], positions)

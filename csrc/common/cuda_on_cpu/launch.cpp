@@ -116,9 +116,11 @@ void suspend() {
   Fiber::change(mine.fiber, block.scheduler);
 }
 
+// In order, warps keep step with each other. In the opposite order the warp that was woken last goes on first, so that
+// it runs as far ahead of the others as the barriers let it.
 void wake(const std::vector<int>& threads) {
   if (reversed)
-    block.ready.insert(block.ready.end(), threads.rbegin(), threads.rend());
+    block.ready.insert(block.ready.begin(), threads.rbegin(), threads.rend());
   else
     block.ready.insert(block.ready.end(), threads.begin(), threads.end());
 }

@@ -20,7 +20,8 @@ void run_grid(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const
 
 int emulated_multiprocessors();
 void set_emulated_multiprocessors(int count);
-// Blocks, and threads where they are free to, run in the opposite order: a result that changes depends on a race.
+// Blocks, and threads where they are free to, run in the opposite order, and each warp as far ahead of the others as it
+// may: a result that changes depends on a race.
 void set_reversed(bool reversed);
 
 unsigned char* dynamic_shared();  // of the block that runs

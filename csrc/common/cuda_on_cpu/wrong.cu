@@ -31,6 +31,20 @@ __global__ void race_kernel(float* out) {
   out[threadIdx.x] = values[(threadIdx.x + 1) % 64];
 }
 
+// Rounds of writing and reading with one barrier each: a warp that is ahead overwrites what another has yet to read.
+__global__ void ahead_kernel(float* out) {
+  __shared__ float values[64];
+  float sum = 0.0f;
+  for (int round = 1; round <= 4; ++round) {
+    values[threadIdx.x] = static_cast<float>(round);
+    __syncthreads();
+    __syncwarp();
+    sum += values[(threadIdx.x + 32) % 64];
+    __syncwarp();
+  }
+  out[threadIdx.x] = sum;
+}
+
 __global__ void no_wait_kernel(const float* x, float* out) {
   IDM_DYNAMIC_SHARED(float, shared);
   cp_async16(shared + threadIdx.x * 4, x + threadIdx.x * 4);
@@ -60,6 +74,7 @@ void wrong(const std::string& mistake, const TensorView& x, const TensorView& ou
   if (mistake == "apart") launch(apart_kernel, 1, 32, 0, 0);
   if (mistake == "mixed") launch(mixed_kernel, 1, 32, 0, 0, out.as<int>());
   if (mistake == "race") launch(race_kernel, 1, 64, 0, 0, target);
+  if (mistake == "ahead") launch(ahead_kernel, 1, 64, 0, 0, target);
   if (mistake == "no wait") launch(no_wait_kernel, 1, 32, 512, 0, x.as<float>(), target);
   if (mistake == "unwritten") launch(unwritten_kernel, 2, 32, 128, 0, target);
   if (mistake == "beyond") launch(beyond_kernel, 1, 32, 128, 0, target);
