@@ -85,6 +85,8 @@ class Engine:
         weights = options.weights or PackedWeights(model, kind, place)
         if options.cache_every < 1:
             raise IdmFastError(f"Engine: cache_every must be >= 1, got {options.cache_every}")
+        if options.cache_every > 1 and len(model.config.channel_mult) == 1:
+            raise IdmFastError(f"Engine: cache_every must be 1 for a network of one level, got {options.cache_every}")
         lowered = lower(model, shape, kind, quantised=quantised, reusable=options.cache_every > 1)
         tables = StepTables(lowered, weights, table.evaluations)
         arena = options.arena or Arena(place)
@@ -95,9 +97,8 @@ class Engine:
             raise IdmFastError(str(error)) from None
         except torch.OutOfMemoryError as error:
             raise exhausted(shape, error) from None
-        loop: Loop = eager = EagerLoop(plan, tables, weights, options.cache_every)
-        if options.graph and arena.runtime.captures:
-            loop = GraphLoop(eager, arena.graphs)
+        eager = EagerLoop(plan, tables, weights, options.cache_every)
+        loop = GraphLoop(eager, arena.graphs) if options.graph and arena.runtime.captures else eager
         engine = cls(plan, tables, weights, arena, loop)
         engine.use_table(table)
         return engine

@@ -31,8 +31,8 @@ _owners = count()
 class GraphLoop:
     """``EagerLoop`` with every call of the device recorded once and replayed."""
 
-    def __init__(self, eager: EagerLoop, pool: GraphPool, most_calls: int = MOST_CALLS) -> None:
-        self.eager, self.pool, self.most_calls = eager, pool, most_calls
+    def __init__(self, eager: EagerLoop, pool: GraphPool) -> None:
+        self.eager, self.pool, self.most_calls = eager, pool, MOST_CALLS
         self._owner = next(_owners)
         weakref.finalize(self, pool.release, self._owner).atexit = False
 
