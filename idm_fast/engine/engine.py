@@ -12,8 +12,8 @@ from torch import Tensor
 from idm_fast.diffusion import SamplerTable
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.graph import GraphLoop
-from idm_fast.engine.lower import Shape, lower
 from idm_fast.engine.loop import EagerLoop, Loop
+from idm_fast.engine.lower import Shape, lower
 from idm_fast.engine.memory import exhausted
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import Plan

@@ -72,9 +72,7 @@ class Lowered:
     inner: tuple[int, int] = (0, 0)  # of ``step``, the nodes below the finest resolution: begin and end
 
 
-def lower(
-    model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: bool = False, reusable: bool = False
-) -> Lowered:
+def lower(model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: bool = False, reusable: bool = False) -> Lowered:
     """The plan of ``model`` for N images of H x W pixels in ``dtype``.
 
     ``quantised``: a convolution behind a norm is done on 8-bit integers, but for the network's last. ``reusable``:
