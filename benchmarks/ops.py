@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from checked import JUDGES, layers, timeable
-from roofline import Ceilings, measure
-from timing import interleaved
+from idm_fast.bench.roofline import Ceilings, measure
+from idm_fast.bench.timing import interleaved
 
 from idm_fast.evaluation.report import environment
 from idm_fast.files import atomic
