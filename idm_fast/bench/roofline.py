@@ -2,8 +2,9 @@
 
 An operation: T_roof = max(FLOPs / P, bytes / B). A network: the sum over its layers of
 max(FLOPs / P, weight bytes / B, activation bytes / B_cache), since a layer finds its input in a cache where it fits.
-P is what one large product of the dtype reaches, B what one large copy reads and writes a second, B_cache the same of a
-copy that stays in the last-level cache. Inputs that stay in a cache (small ones, or ``--warm``) can beat B. Sums beside a
+P is what one large product of the dtype reaches (on a CPU, where torch's matrix product and its convolution come from two
+libraries, the better of both), B what one large copy reads and writes a second, B_cache the same of a copy that stays in
+the last-level cache; each by its fastest call, since a limit is what the machine can do undisturbed. Inputs that stay in a cache (small ones, or ``--warm``) can beat B. Sums beside a
 product (a norm's, a softmax's) count as FLOPs too.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,20 +71,39 @@ def _copy(device: str, size: int) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = interleaved({"copy": Candidate(lambda _: target.copy_(source))}, device, SECONDS)["copy"]
-    return 2 * source.nbytes / copy.median
+    return 2 * source.nbytes / copy.best
 
 
 def _product(device: str, size: int, dtype: torch.dtype) -> float:
-    call = _int8_product(device, size) if dtype == torch.int8 else _float_product(device, size, dtype)
-    return 2 * size**3 / interleaved({"product": Candidate(call)}, device, SECONDS)["product"].median
+    calls = [_int8_product(device, size) if dtype == torch.int8 else _float_product(device, size, dtype)]
+    if torch.device(device).type == "cpu" and dtype != torch.int8:
+        calls.append(_convolution(dtype))
+    found = interleaved({f"{i}": Candidate(call.run) for i, call in enumerate(calls)}, device, SECONDS)
+    return max(call.flops / found[f"{i}"].best for i, call in enumerate(calls))
 
 
-def _float_product(device: str, size: int, dtype: torch.dtype) -> Callable[[int], Any]:
+class _Call(NamedTuple):
+    flops: int
+    run: Callable[[int], Any]
+
+
+def _float_product(device: str, size: int, dtype: torch.dtype) -> _Call:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return lambda _: torch.mm(a, b, out=out)
+    return _Call(2 * size**3, lambda _: torch.mm(a, b, out=out))
 
 
-def _int8_product(device: str, size: int) -> Callable[[int], Any]:
+def _int8_product(device: str, size: int) -> _Call:
     a, b = (torch.randint(-127, 128, (size, size), device=device).to(torch.int8) for _ in range(2))
-    return lambda _: torch._int_mm(a, b)
+    return _Call(2 * size**3, lambda _: torch._int_mm(a, b))
+
+
+def _convolution(dtype: torch.dtype) -> _Call:
+    x = torch.randn(1, 256, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def run(_: int) -> Any:
+        return torch.conv2d(x, weight, padding=1)
+
+    return _Call(2 * x.numel() * 9 * 256, run)

@@ -36,11 +36,12 @@ class Spread:
     p20: float
     p80: float
     calls: int
+    best: float = 0.0
 
     @staticmethod
     def of(seconds: list[float]) -> Spread:
         tenths = statistics.quantiles(seconds, n=10)
-        return Spread(tenths[4], tenths[1], tenths[7], len(seconds))
+        return Spread(tenths[4], tenths[1], tenths[7], len(seconds), min(seconds))
 
 
 def interleaved(

@@ -1,7 +1,7 @@
 """The competitors, one file a library: the same network from the same weights (diffusers: its nearest), the same walk.
 
 Every peer gets our fused sampler update, so that what differs is the network alone. One that is not installed, or
-fails, is named with its reason; there is no silent gap in a table.
+fails, is named with its reason; there is no silent gap in a table. ``no_engine`` is this package with its engine off.
 """
 
 from __future__ import annotations
@@ -25,10 +25,6 @@ class Built:
     launches: int | None = None
     note: str = ""
     gflop: float | None = None
-
-    @property
-    def same_network(self) -> bool:
-        return self.gflop is None
 
 
 Builder = Callable[[Workload, str, int], Built]  # (workload, dtype's name, threads)
@@ -63,6 +59,7 @@ class Peer:
 
 _TORCH = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 PEERS: tuple[Peer, ...] = (
+    Peer("no_engine", "idm_fast.bench.ours:modules", _TORCH),
     Peer("eager", f"{__name__}.torch_peers:eager", _TORCH),
     Peer("torch_compile", f"{__name__}.torch_peers:compiled", _TORCH),
     Peer("diffusers", f"{__name__}.diffusers_peer:unet2d", _TORCH, ("diffusers",)),
