@@ -1,4 +1,4 @@
-"""What figures depend on: device, versions, commit, threads, load; and the memory that a process or device has in use."""
+"""What figures depend on: device, versions, commit, threads, load; and the memory that is in use."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 def used_bytes(device: torch.device) -> int | None:
     """Memory in use now: of the device, or what of this process is resident. None where the system does not say."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)

@@ -2,10 +2,11 @@
 
 An operation: T_roof = max(FLOPs / P, bytes / B). A network: the sum over its layers of
 max(FLOPs / P, weight bytes / B, activation bytes / B_cache), since a layer finds its input in a cache where it fits.
-P is what one large product of the dtype reaches (on a CPU, where torch's matrix product and its convolution come from two
-libraries, the better of both), B what one large copy reads and writes a second, B_cache the same of a copy that stays in
-the last-level cache; each by its fastest call, since a limit is what the machine can do undisturbed. Inputs that stay in a cache (small ones, or ``--warm``) can beat B. Sums beside a
-product (a norm's, a softmax's) count as FLOPs too.
+P is what one large product of the dtype reaches (on a CPU, where torch's matrix product and its convolution come from
+two libraries, the better of both), B what one large copy reads and writes a second, B_cache the same of a copy that
+stays in the last-level cache; each by its fastest call, since a limit is what the machine can do undisturbed. Inputs
+that stay in a cache (small ones, or ``--warm``) can beat B. Sums beside a product (a norm's, a softmax's) count as
+FLOPs too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from idm_fast.bench.work import Layer
 
 COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 CACHED_BYTES = {"cpu": 2**20, "cuda": 8 * 2**20}  # source and target together stay in the last-level cache
-PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # on a CPU a few milliseconds: less than a time slice of a busy one
 SECONDS = 0.5
 
 
@@ -99,11 +100,11 @@ def _int8_product(device: str, size: int) -> _Call:
 
 
 def _convolution(dtype: torch.dtype) -> _Call:
-    x = torch.randn(1, 256, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(256, 256, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, 192, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(192, 192, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def run(_: int) -> Any:
         return torch.conv2d(x, weight, padding=1)
 
-    return _Call(2 * x.numel() * 9 * 256, run)
+    return _Call(2 * x.numel() * 9 * 192, run)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 COLUMNS = (
-    "name", "dtype", "ms/step", "p20 - p80", "steps/s", "faces/s", "launches", "of roof", "PSNR", "memory MB", "ours is",
+    "name", "dtype", "ms/step", "p20 - p80", "steps/s", "faces/s", "launches", "of roof", "PSNR", "memory MB",
+    "ours is",
 )  # fmt: skip
 
 

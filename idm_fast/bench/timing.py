@@ -82,10 +82,10 @@ def _timed(call: Callable[[int], Any], turn: int, device: str, wall: bool) -> fl
         if cuda:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
     before.record()
     call(turn)
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1e3
+    return float(before.elapsed_time(after)) / 1e3

@@ -28,8 +28,8 @@ _BRANCHES = ("conv2.weight", "attention.out.weight")  # what a residual block or
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """``steps`` of the preset's own solver over ``batch`` pictures. The model is float32 on the CPU; it is copied, never
-    changed. ``cond`` is float32 in [-1, 1], or None."""
+    """``steps`` of the preset's own solver over ``batch`` pictures. The model is float32 on the CPU; it is copied,
+    never changed. ``cond`` is float32 in [-1, 1], or None."""
 
     preset: str
     config: ModelConfig
@@ -67,9 +67,7 @@ class Workload:
     def image_channels(self, out: Tensor) -> Tensor:
         """What the walk reads of the network's output: six channels hold a variance too (guided-diffusion)."""
         channels = self.start.shape[1]
-        return (
-            out if out.shape[1] == channels else out[:, :channels].contiguous(memory_format=torch.channels_last)
-        )
+        return out if out.shape[1] == channels else out[:, :channels].contiguous(memory_format=torch.channels_last)
 
     def run(self, denoise: Denoise, network_dtype: torch.dtype | None) -> Tensor:
         """The whole walk around one network, with our fused update: what every peer gets. Float32, in [-1, 1]."""
@@ -135,6 +133,8 @@ def _random(config: ModelConfig) -> UNet:
                 gain = 0.3 if name.endswith(_BRANCHES) or name.startswith("out_conv") else 1.0
                 fan_in = parameter[0].numel()
                 parameter.normal_(0.0, gain / fan_in**0.5, generator=made)
+            elif name.endswith("bias"):  # torch's own start is another at each call
+                parameter.zero_()
     return model
 
 

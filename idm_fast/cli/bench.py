@@ -27,11 +27,12 @@ percentile, wall clock. All take turns walk by walk in one process, so that a bu
 compare rows of one table only. Every row has the same weights and noise (diffusers: its own weights); PSNR compares
 its pictures with plain torch's in float32. A result of ours that is wrong is not timed.
 
-"of roof" is T_roof / measured, T_roof the sum over layers of max(FLOPs / P, weight bytes / B, activation bytes / B_cache)
-with P a big product of the dtype, B a big copy and B_cache a small one, measured first. It counts the network as its
-family defines it, so that doing less than that can pass 100 %."""
-_EPILOG = """memory is what the process (CPU) or device (CUDA) held more after building and one walk. launches are kernels
-(CUDA), or operators (CPU; of ours the engine's calls). A peer that is not installed, or fails, is named with its reason.
+"of roof" is T_roof / measured, with T_roof the sum over layers of max(FLOPs / P, weight bytes / B, activation bytes /
+B_cache); P is a big product of the dtype, B a big copy and B_cache a small one, measured first. It counts the network
+as its family defines it, so that doing less than that can pass 100 %."""
+_EPILOG = """memory is what the process (CPU) or device (CUDA) held more after building and one walk. launches are
+kernels (CUDA), or operators (CPU; of ours the engine's calls). A peer that is not installed, or fails, is named with
+its reason.
 
 exit code: 0 all good, 1 ours failed somewhere, 2 wrong usage.
 

@@ -32,7 +32,7 @@ Builder = Callable[[Workload, str, int], Built]  # (workload, dtype's name, thre
 
 @dataclass(frozen=True)
 class Peer:
-    """``function``: "module:function", a ``Builder``, imported when asked for. ``dtypes``: what it can run, by device."""
+    """``function``: "module:function", a ``Builder``, imported when asked for. ``dtypes``: by device, best first."""
 
     name: str
     function: str

@@ -41,7 +41,8 @@ def unet2d(workload: Workload, dtype: str, threads: int) -> Built:
     side = tuple(s // config.unshuffle for s in workload.size)
     tried: dict[int, tuple[float, nn.Module]] = {}
     for blocks in sorted({min(config.num_res_blocks), max(config.num_res_blocks)}):
-        network = InPixels(UNet2DModel(sample_size=side, **options(config, blocks)), config).eval()
+        theirs: Any = UNet2DModel(sample_size=side, **options(config, blocks))  # type: ignore[no-untyped-call]
+        network: nn.Module = InPixels(theirs, config).eval()
         tried[blocks] = (_gflop(network, workload), network)
     ours = total_flops(workload.layers) / 1e9
     blocks = min(tried, key=lambda key: abs(tried[key][0] - ours))
@@ -105,4 +106,3 @@ def _gflop(network: nn.Module, workload: Workload) -> float:
             positions = layer.activation_elements // (2 * channels * workload.batch)
             attended += 4 * workload.batch * positions**2 * channels
     return (total_flops(kept) + attended) / 1e9
-
