@@ -25,7 +25,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
         with suppress(metadata.PackageNotFoundError):
             found["versions"][name] = metadata.version(name)
     if device.type == "cuda":
-        found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
         with suppress(OSError):
             found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     found["cpu_isa"] = extension.native.cpu_isa() if extension.native else None

@@ -127,5 +127,5 @@ def _check_dtypes(asked: Asked, device: torch.device) -> None:
         raise IdmFastError(f"--dtype must be some of {others} on {device}, got {wrong}")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)
+def _name(dtype: torch.dtype | str) -> str:
+    return dtype if isinstance(dtype, str) else next(name for name, value in DTYPES.items() if value == dtype)
