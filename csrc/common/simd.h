@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -193,6 +193,35 @@ inline void store_pair(bf16* p, vf even, vf odd) {
   std::memcpy(p, &words, sizeof words);
 }
 #endif
+
+// store_pair past the caches, for results that are too large to stay there; a pair at p lies within
+// lines of 64 bytes that are written whole. Whoever streams ends with stream_done(), or another thread may read what was there before.
+template <class T>
+inline void stream_pair(T* p, vf a, vf b) {
+  constexpr int kWords = 2 * kWidth * sizeof(T) / sizeof(vf);
+  T lanes[2 * kWidth];
+  vq words[kWords];
+  store_pair(lanes, a, b);
+  std::memcpy(words, lanes, sizeof words);
+  for (int i = 0; i < kWords; ++i) {
+    vq* target = reinterpret_cast<vq*>(p) + i;
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bits<__m512i>(words[i]));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), bits<__m256i>(words[i]));
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target), bits<__m128i>(words[i]));
+#else
+    std::memcpy(target, &words[i], sizeof words[i]);
+#endif
+  }
+}
+
+inline void stream_done() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 }  // namespace IDM_ISA
 }  // namespace idm

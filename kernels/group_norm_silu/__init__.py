@@ -11,6 +11,7 @@ from torch import Tensor
 from idm_fast.kernels import check
 from idm_fast.kernels.channel_stats import ChannelStats, check_stats
 from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op, forced_backends
+from idm_fast.kernels.extension import fresh
 from idm_fast.kernels.interpreter import triton_condition
 from idm_fast.kernels.norm_coefficients import check_affine
 
@@ -81,7 +82,7 @@ def group_norm_silu(
         if skip is not None:
             check.apart(NAME, "out", out, "skip", skip)
     else:
-        out = torch.empty_like(x) if skip is None else empty_beside(x, skip)
+        out = fresh(torch.empty_like(x) if skip is None else empty_beside(x, skip))
     if out.numel() == 0:
         return out
     arguments = (x, num_groups, weight, bias, eps, scale, shift, silu, skip, stats, skip_stats, out)
@@ -109,7 +110,7 @@ def _prepare(run: Callable[..., None], *tensors: Tensor | None) -> Callable[...,
 
     def again(x: Tensor, *rest: Any) -> Tensor:
         skip: Tensor | None = rest[-1]
-        out = torch.empty_like(x) if skip is None else empty_beside(x, skip)
+        out = fresh(torch.empty_like(x) if skip is None else empty_beside(x, skip))
         run(x, *rest, None, None, out)
         return out
 
