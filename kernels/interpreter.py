@@ -1,4 +1,4 @@
-"""What Triton kernels can run. On the CPU it is under ``TRITON_INTERPRET=1`` only: a tool for tests, never the automatic choice."""
+"""What Triton kernels can run. On a CPU that is nothing but under ``TRITON_INTERPRET=1``, a tool for tests."""
 
 from __future__ import annotations
 

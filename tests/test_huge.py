@@ -133,9 +133,6 @@ def native() -> Any:
     return extension.native
 
 
-slow = pytest.mark.skipif("IDM_FAST_SLOW_TESTS" not in os.environ, reason="takes 10 s a core: IDM_FAST_SLOW_TESTS=1")
-
-
 def nhwc(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 3, 1, 2)
 
@@ -278,7 +275,7 @@ def test_cpu_norm_coefficients(native: Any) -> None:
     assert not table[:-1, 0].any()
 
 
-@slow
+@pytest.mark.slow
 def test_cpu_sampler_update(native: Any) -> None:
     n, c, h, w = 2, 3, 2**14, 2**15 - 2
     shape = (n, h, w, c)
@@ -294,7 +291,7 @@ def test_cpu_sampler_update(native: Any) -> None:
         del x, history
 
 
-@slow
+@pytest.mark.slow
 def test_cpu_philox_normal(native: Any) -> None:
     n, c, h, w = 2**11 + 1, 4, 512, 512
     with Repeating((n, h, w, c), torch.float32) as room:
@@ -304,7 +301,7 @@ def test_cpu_philox_normal(native: Any) -> None:
     torch.testing.assert_close(found, noise_at(4 * 512 * 512 - 90, 90, 5), rtol=1e-5, atol=1e-5)
 
 
-@slow
+@pytest.mark.slow
 def test_cpu_dynamic_threshold(native: Any) -> None:
     n, c, h, w = 8193, 8, 128, 256
     x, output = sparse((n, h, w, c), torch.float32), sparse((n, h, w, c), torch.bfloat16)

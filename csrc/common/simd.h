@@ -194,27 +194,28 @@ inline void store_pair(bf16* p, vf even, vf odd) {
 }
 #endif
 
-// store_pair past the caches, for results that are too large to stay there; a pair at p lies within
-// lines of 64 bytes that are written whole. Whoever streams ends with stream_done(), or another thread may read what was there before.
+// Stores past the caches, for what is too large to stay there or is not read soon; lines of 64 bytes are written whole, one
+// after the other. Whoever streams ends with stream_done(), or another thread may read what was there before.
+inline void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, bits<__m512>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, bits<__m256>(v));
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, bits<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+
 template <class T>
 inline void stream_pair(T* p, vf a, vf b) {
   constexpr int kWords = 2 * kWidth * sizeof(T) / sizeof(vf);
   T lanes[2 * kWidth];
-  vq words[kWords];
+  vf words[kWords];
   store_pair(lanes, a, b);
   std::memcpy(words, lanes, sizeof words);
-  for (int i = 0; i < kWords; ++i) {
-    vq* target = reinterpret_cast<vq*>(p) + i;
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bits<__m512i>(words[i]));
-#elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), bits<__m256i>(words[i]));
-#elif defined(__SSE2__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(target), bits<__m128i>(words[i]));
-#else
-    std::memcpy(target, &words[i], sizeof words[i]);
-#endif
-  }
+  for (int i = 0; i < kWords; ++i) stream(reinterpret_cast<float*>(p) + i * kWidth, words[i]);
 }
 
 inline void stream_done() {
