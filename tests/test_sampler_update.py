@@ -187,8 +187,8 @@ def test_native_checks_for_itself() -> None:
     native, view = extension.native, extension.view
     if native is None:
         pytest.skip(str(extension.missing))
-    x, row = X + 0, ROWS
-    good = (view(x), view(X + 0), view(X + 0), view(row))
+    x, output, history, row = X + 0, X + 0, X + 0, ROWS  # kept: a view does not keep its memory
+    good = (view(x), view(output), view(history), view(row))
     with pytest.raises(ValueError, match="sampler_update: step must be a row of table"):
         native.sampler_update(*good, 3, None, view(SEEDS), None, None, None, 1, 1)
     with pytest.raises(ValueError, match="sampler_update: unshuffle must divide"):
