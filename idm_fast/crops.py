@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,13 +14,21 @@ from torch import Tensor
 
 from idm_fast.config import ModelConfig
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, noised_start, sample
+from idm_fast.engine import Engine, EngineOptions, Memory
+from idm_fast.engine.buffers import Arena
+from idm_fast.engine.engine import Callback
+from idm_fast.engine.memory import OutOfMemory
+from idm_fast.engine.precision import INT8, chosen_dtype
+from idm_fast.engine.weights import PackedWeights
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, forced_backends, use_backend
 from idm_fast.models.unet import UNet
 from idm_fast.ops import OPS
 
-USED = ("group_norm_silu", "attention", "sampler_update")  # the operations of a restoration
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The operations of a restoration: of the modules, and of the engine.
+USED = ("group_norm_silu", "attention", "sampler_update")
+USED_BY_ENGINE = ("conv2d", "norm_coefficients", "attention", "sampler_update")
+MOST_ENGINES = 4  # batch sizes whose plans are kept; they share weights and memory
 Progress = Callable[[int], None]
 
 
@@ -45,24 +55,31 @@ class SampleSettings:
         )
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """fp16 on CUDA, bf16 on a CPU with bf16 instructions, else fp32."""
-    if device.type == "cuda":
-        return torch.float16
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return torch.bfloat16 if device.type == "cpu" and supported is not None and supported() else torch.float32
-
-
 class CropRestorer:
-    """x0_hat of degraded crops. ``backend`` forces kernel back ends, one or several in order of preference
-    ("cpu,torch"; see ``idm-fast ops``); None leaves the choice to ``IDM_FAST_BACKEND``, or to what is fastest."""
+    """x0_hat of degraded crops. ``dtype``: a torch type, its short name or "int8". ``backend`` forces kernel back ends,
+    one or several in order of preference ("cpu,torch"; see ``idm-fast ops``); None leaves the choice to
+    ``IDM_FAST_BACKEND``, or to what is fastest. ``engine=False``: the network's plain modules, the numerical truth."""
 
     def __init__(
-        self, config: ModelConfig, module: UNet, device: torch.device, dtype: torch.dtype, backend: str | None = None
+        self,
+        config: ModelConfig,
+        module: UNet,
+        device: torch.device,
+        dtype: torch.dtype | str,
+        backend: str | None = None,
+        engine: bool = True,
     ) -> None:
-        self.config, self.device, self.dtype, self.backend = config, device, dtype, backend
+        self.config, self.device, self.backend = config, device, backend
+        self.dtype, self.quantised = chosen_dtype(dtype, device)
         self.size = config.unet.image_size
-        self.module = module.to(device, dtype).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.module = module.eval()
+        self._engines: OrderedDict[object, Engine] | None = OrderedDict() if engine else None
+        if engine:  # it packs the weights as they come, and rounds them once
+            self._arena, self._weights = Arena(device), PackedWeights(module, self.dtype, device)
+        elif self.quantised:
+            raise IdmFastError("dtype must be fp32, bf16 or fp16 without the engine, got int8")
+        else:
+            module.to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = Schedule.from_config(config.diffusion)
         self.table = lru_cache(maxsize=16)(self._table)
 
@@ -86,7 +103,12 @@ class CropRestorer:
                 names = forced_backends()
         except BackendError as error:  # a name that no table knows
             raise IdmFastError(str(error)) from None
-        for name in USED if names else ():
+        used = USED if self._engines is None else USED_BY_ENGINE
+        if self._engines is not None and self.config.unet.resample == "resblock":
+            used += ("group_norm_silu",)
+        if self.quantised:
+            used += ("conv2d_int8",)
+        for name in used if names else ():
             op = OPS[name]
             # The update reads the network's answer, which a residual network adds to its float32 condition.
             dtype = torch.float32 if name == "sampler_update" and self.config.unet.residual else self.dtype
@@ -121,13 +143,55 @@ class CropRestorer:
         y = y.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         seeds = seeds.to(self.device)
         start = initial_noise(seeds, y.shape, self.device) if settings.strength == 1 else noised_start(y, table, seeds)
+        report: Callback | None = None if progress is None else lambda e, x, x0: progress(e)
         with self._forced():
-            out = sample(
-                lambda x, t: self.module(x, t, y), table, start, seeds,
-                callback=None if progress is None else lambda e, x, x0: progress(e), network_dtype=self.dtype,
-            )  # fmt: skip
+            out = self._walk(start, seeds, y, table, report)
         if not torch.isfinite(out).all():
             raise IdmFastError(
                 f"{self.config.name}: network output must be finite in {self.dtype}, got inf or nan; try fp32"
             )
         return out.clamp_(-1, 1).cpu()
+
+    def _walk(self, start: Tensor, seeds: Tensor, y: Tensor, table: SamplerTable, report: Callback | None) -> Tensor:
+        if self._engines is None:
+            return sample(
+                lambda x, t: self.module(x, t, y), table, start, seeds, callback=report, network_dtype=self.dtype
+            )
+        try:
+            with self._arena.lock:
+                return self._engine(len(y), table).run(start, seeds, y, report)
+        except OutOfMemory as error:
+            if len(y) == 1:
+                raise
+            half = len(y) // 2
+            warnings.warn(f"{error}; goes on with batches of {half}", RuntimeWarning, stacklevel=2)
+            parts = [slice(0, half), slice(half, None)]
+            return torch.cat([self._walk(start[p], seeds[p], y[p], table, report) for p in parts])
+
+    def _engine(self, batch: int, table: SamplerTable) -> Engine:
+        """The engine for ``batch`` images, with ``table`` in it."""
+        assert self._engines is not None
+        key = (batch, forced_backends())
+        engine = self._engines.pop(key, None)
+        if engine is None or engine.capacity < table.evaluations:
+            options = EngineOptions(weights=self._weights, arena=self._arena)
+            generation = self._arena.generation
+            engine = Engine.compile(
+                self.module, (batch, self.size, self.size), table,
+                dtype=INT8 if self.quantised else self.dtype, device=self.device, options=options,
+            )  # fmt: skip
+            if self._arena.generation != generation:  # the others hold memory that is no longer shared
+                self._engines.clear()
+        else:
+            engine.use_table(table)
+        self._engines[key] = engine
+        if len(self._engines) > MOST_ENGINES:
+            self._engines.popitem(last=False)
+        return engine
+
+    def memory(self) -> Memory:
+        """Bytes held by the engines of all batch sizes together."""
+        if self._engines is None:
+            return Memory(sum(p.nbytes for p in self.module.parameters()), 0)
+        own = sum(engine.memory().workspace - engine.arena.nbytes for engine in self._engines.values())
+        return Memory(self._weights.nbytes, self._arena.nbytes + own)

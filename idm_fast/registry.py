@@ -10,7 +10,8 @@ import torch
 
 from idm_fast.checkpoints import native
 from idm_fast.config import ModelConfig
-from idm_fast.crops import DTYPES, CropRestorer, default_dtype
+from idm_fast.crops import CropRestorer
+from idm_fast.engine.precision import INT8, chosen_dtype
 from idm_fast.errors import IdmFastError
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -24,14 +25,16 @@ DEFAULT_MODEL = "idm-face"
 class Target:
     """Where a model is to run. ``None`` means: choose (CUDA where there is one, and its fastest sound dtype).
 
-    ``backend``: kernel back ends in order of preference, one name or several ("cpu,torch").
+    ``backend``: kernel back ends in order of preference, one name or several ("cpu,torch"). ``engine``: whether the
+    network runs as a compiled plan or as plain modules.
     """
 
     device: str | None = None
     dtype: str | None = None
     backend: str | None = None
+    engine: bool = True
 
-    def resolved(self) -> tuple[torch.device, torch.dtype]:
+    def resolved(self) -> tuple[torch.device, torch.dtype | str]:
         """Checked device and dtype; raises ``IdmFastError`` for ones that are unknown or not here."""
         try:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -43,13 +46,8 @@ class Target:
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
             here = ["cpu", *(f"cuda:{i}" for i in range(count))]
             raise IdmFastError(f"device must be one of this machine's = {', '.join(here)}, got {device}")
-        if self.dtype is None:
-            return device, default_dtype(device)
-        if self.dtype not in DTYPES:
-            raise IdmFastError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if device.type == "cpu" and self.dtype == "fp16":
-            raise IdmFastError("dtype must be fp32 or bf16 on a CPU, got fp16")
-        return device, DTYPES[self.dtype]
+        dtype, quantised = chosen_dtype(self.dtype, device)
+        return device, INT8 if quantised else dtype
 
 
 def shipped() -> list[str]:
@@ -87,7 +85,7 @@ def load_models(name_or_path: str | Path, target: Target) -> list[CropRestorer]:
     for file in find_files(name_or_path):
         loaded = native.load(file)
         _check_restores(file, loaded.config)
-        models.append(CropRestorer(loaded.config, loaded.module, device, dtype, target.backend))
+        models.append(CropRestorer(loaded.config, loaded.module, device, dtype, target.backend, target.engine))
         models[-1].check_backend()
     return models
 

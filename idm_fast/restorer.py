@@ -48,15 +48,17 @@ class Restorer:
         device: str | None = None,
         dtype: str | None = None,
         backend: str | None = None,
+        engine: bool = True,
     ) -> Restorer:
         """A restorer from a shipped family or model, or from a ``.safetensors`` file.
 
         A family ("idm-face") holds a model per face size and picks one for each face. ``device``: "cpu" or "cuda";
-        ``dtype``: "fp32", "bf16" or "fp16" (CUDA); ``backend``: forces one kernel back end, or several in order of
-        preference ("cpu,torch"). All default to the fastest sound choice. Raises ``IdmFastError`` for unknown names,
-        broken files, and back ends of which none can run some operation here.
+        ``dtype``: "fp32", "bf16", "fp16" (CUDA) or "int8" (CPU; lossy); ``backend``: forces one kernel back end, or
+        several in order of preference ("cpu,torch"). All default to the fastest sound choice. ``engine=False`` runs the
+        networks' plain modules instead of compiled plans: slower, and what a plan is judged by. Raises
+        ``IdmFastError`` for unknown names, broken files, and back ends of which none can run some operation here.
         """
-        return cls(registry.load_models(name_or_path, registry.Target(device, dtype, backend)))
+        return cls(registry.load_models(name_or_path, registry.Target(device, dtype, backend, engine)))
 
     @property
     def detector(self) -> FaceDetector:

@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p = parser.add_argument_group("machine")
     p.add_argument("--batch-size", type=int, default=8, help="faces a network call (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    p.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the fastest sound one of the device")
+    p.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16", "int8"],
+        help="default: the fastest sound one of the device; int8 is faster on a CPU, and lossy",
+    )  # fmt: skip
+    p.add_argument("--no-engine", dest="engine", action="store_false", help="plain modules instead of compiled plans")
     p.add_argument(
         "--backend", metavar="NAME[,NAME]",
         help=f"force kernel back ends, in order of preference: {', '.join(BACKENDS)}. Not each has every operation: "
@@ -73,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     jobs = collect(args.inputs, args.output, args.suffix, args.ext)
-    restorer = Restorer.from_pretrained(args.model, device=args.device, dtype=args.dtype, backend=args.backend)
+    restorer = Restorer.from_pretrained(
+        args.model, device=args.device, dtype=args.dtype, backend=args.backend, engine=args.engine
+    )
     options = {
         "num_inference_steps": args.steps, "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
         "seed": args.seed, "face": args.face, "blend": args.blend, "upscale": args.upscale, "aligned": args.aligned,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,177 +12,156 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine import nodes
-from idm_fast.engine.nodes import Columns, Node, StatsValue, Value
+from idm_fast.engine.buffers import Buffers
+from idm_fast.engine.nodes import Node, Value
 from idm_fast.engine.weights import PackedWeights
+from idm_fast.kernels import dispatch
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.dispatch import Op
 from idm_fast.ops import OPS
 
 Call = Callable[[], object]
-
-
-@dataclass
-class Buffers:
-    """Where everything lies that calls read and write."""
-
-    tensors: dict[Value, Tensor]
-    stats: dict[StatsValue, ChannelStats]
-    row: Tensor  # float32 [1, S]
-    rows: Tensor  # float32 [T, S]
-    coefficients: Tensor  # float32 [T, 8], the sampler's
-    step: Tensor  # int64 [1]
-    seeds: Tensor  # int64 [N]
-
-    def columns(self, columns: Columns | None) -> Tensor | None:
-        """[N, width]: the same for every sample."""
-        return None if columns is None else self.row[:, slice(*columns)].expand(len(self.seeds), -1)
+Arguments = tuple[Any, ...]  # of an implementation, in its order
+Choose = Callable[[Node, torch.device, torch.dtype, Arguments], str | None]
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundNode:
     node: Node
     call: Call
 
 
-def bind(node: Node, buffers: Buffers, weights: PackedWeights) -> Bound:
-    """Raises ``BackendError`` where none of the allowed backends can run the node."""
-    make: Any = _BINDERS[type(node)]
-    backend, call = make(node, buffers, weights)
-    return Bound(replace(node, backend=backend), call)
+def bind(node: Node, buffers: Buffers, weights: PackedWeights, choose: Choose | None = None) -> BoundNode:
+    """``choose``: names a node's backend (autotune.py); None, or its None: the first that can run it.
+
+    Raises ``BackendError`` where none of the allowed backends can run the node.
+    """
+    copy = _COPIES.get(type(node))
+    if copy is not None:
+        return BoundNode(replace(node, backend="torch"), copy(node, buffers))
+    dtype, arguments = arguments_of(node, buffers, weights)
+    device = weights.device
+    wanted = None if choose is None else choose(node, device, dtype, arguments)
+    name, run = chosen(node.op, device, dtype, arguments, wanted)
+    return BoundNode(replace(node, backend=name), dispatch.bound(run, *arguments))
 
 
-def _chosen(op: Op, device: torch.device, dtype: torch.dtype, *arguments: Any) -> tuple[str, Callable[..., Any]]:
-    run = op.choose(device, dtype, *arguments)
-    for name, row in op.backends.items():
+def chosen(
+    op: str, device: torch.device, dtype: torch.dtype, arguments: Arguments, wanted: str | None = None
+) -> tuple[str, Callable[..., Any]]:
+    """(name, implementation) of the backend that is wanted, or else of the first that can run."""
+    with nullcontext() if wanted is None else dispatch.use_backend(wanted):
+        run = OPS[op].choose(device, dtype, *arguments)
+    for name, row in OPS[op].backends.items():
         if row.why_not(device, dtype, forced=True) is None and row.run is run:
             return name, run
     raise AssertionError("what was chosen is a row of the table")
 
 
-def _time_row(node: nodes.TimeRow, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    return "torch", partial(torch.index_select, b.rows, 0, b.step, out=b.row)
+def arguments_of(node: Node, buffers: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
+    """(the type that chooses the backend, what the implementation takes)."""
+    make: Any = _ARGUMENTS[type(node)]
+    found: tuple[torch.dtype, Arguments] = make(node, buffers, weights)
+    return found
 
 
-def _coefficients(node: nodes.Coefficients, b: Buffers, weights: PackedWeights) -> tuple[str, Call]:
+def pieces(node: nodes.Conv, buffers: Buffers, weights: PackedWeights, choose: Choose | None = None) -> int:
+    """Into how many pieces the statistics of ``node`` are cut."""
+    dtype, arguments = arguments_of(node, buffers, weights)
+    wanted = None if choose is None else choose(node, weights.device, dtype, arguments)
+    _, run = chosen(node.op, weights.device, dtype, arguments, wanted)
+    return dispatch.pieces(run, *arguments)
+
+
+def _coefficients(node: nodes.Coefficients, b: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
     gamma, beta = weights.norm(node.norm)
-    out, scale, shift = b.tensors[node.out], b.columns(node.scale), b.columns(node.shift)
-    stats, skip_stats = b.stats[node.stats], None if node.skip_stats is None else b.stats[node.skip_stats]
-    arguments = (stats, node.groups, gamma, beta, node.eps, scale, shift, skip_stats, out)
-    name, run = _chosen(OPS["norm_coefficients"], out.device, torch.float32, *arguments)
-    return name, partial(run, *arguments)
+    skip_stats = None if node.skip_stats is None else b.stats[node.skip_stats]
+    scale, shift = b.columns(node.scale), b.columns(node.shift)
+    out = b.tensors[node.out]
+    return torch.float32, (b.stats[node.stats], node.groups, gamma, beta, node.eps, scale, shift, skip_stats, out)
 
 
-def _conv(node: nodes.Conv, b: Buffers, weights: PackedWeights) -> tuple[str, Call]:
-    get = _getter(b)
-    x, out = b.tensors[node.x], b.tensors[node.out]
-    weight, bias = weights.get(node.weight), weights.total(node.bias)
+def _conv(node: nodes.Conv, b: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
+    def get(value: Value | None) -> Tensor | None:
+        return None if value is None else b.tensors[value]
+
+    x, bias = b.tensors[node.x], weights.total(node.bias)
+    same = (node.stride, node.upsample, get(node.skip), get(node.coefficients), node.silu)
+    # Without room for them yet: somebody asks how much they need.
+    stats: ChannelStats | None = None if node.out_stats is None else b.stats.get(node.out_stats)
+    ends = (b.columns(node.time_shift), get(node.residual), node.out_stats is not None, b.tensors[node.out], stats)
+    if node.activation is not None:
+        weight, scale = weights.quantised(node.weight)
+        return x.dtype, (x, weight, scale, b.row[:, slice(*node.activation)], bias, *same, *ends)
     shortcut_weight = None if node.shortcut_weight is None else weights.get(node.shortcut_weight)
-    arguments = (
-        x, weight, bias, node.stride, node.upsample, get(node.skip), get(node.coefficients), node.silu,
-        get(node.shortcut), get(node.shortcut_skip), shortcut_weight, b.columns(node.time_shift), get(node.residual),
-        node.out_stats is not None, out, None,
-    )  # fmt: skip
-    name, run = _chosen(OPS["conv2d"], x.device, x.dtype, *arguments)
-    return name, _with_stats(partial(run, *arguments), node.out_stats, b)
+    shortcut = (get(node.shortcut), get(node.shortcut_skip), shortcut_weight)
+    return x.dtype, (x, weights.get(node.weight), bias, *same, *shortcut, *ends)
 
 
-def _with_stats(call: Call, value: StatsValue | None, b: Buffers) -> Call:
-    if value is None:
-        return call
-    first: Any = call()
-    b.stats[value] = first[1]
-
-    def run() -> None:
-        made: Any = call()
-        b.stats[value].partials.copy_(made[1].partials)
-
-    return run
-
-
-def _norm(node: nodes.Norm, b: Buffers, weights: PackedWeights) -> tuple[str, Call]:
+def _norm(node: nodes.Norm, b: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
     gamma, beta = weights.norm(node.norm)
-    x, out = b.tensors[node.x], b.tensors[node.out]
-    stats = b.stats[node.stats]
-    arguments = (x, node.groups, gamma, beta, node.eps, None, None, True, None, stats, None, out)
-    name, run = _chosen(OPS["group_norm_silu"], x.device, x.dtype, *arguments)
-    return name, partial(run, *arguments)
+    x, out, stats = b.tensors[node.x], b.tensors[node.out], b.stats[node.stats]
+    return x.dtype, (x, node.groups, gamma, beta, node.eps, None, None, True, None, stats, None, out)
 
 
-def _attend(node: nodes.Attend, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
+def _attend(node: nodes.Attend, b: Buffers, _: PackedWeights) -> tuple[torch.dtype, Arguments]:
     n, c, h, w = node.out.shape
+    width = c // node.heads
     qkv = b.tensors[node.qkv].permute(0, 2, 3, 1)  # [N, H, W, 3 C], dense
     if node.order == "qkv_heads":
-        q, k, v = qkv.reshape(n, h * w, 3, node.heads, c // node.heads).unbind(2)
+        q, k, v = qkv.view(n, h * w, 3, node.heads, width).unbind(2)
     else:
-        q, k, v = qkv.reshape(n, h * w, node.heads, 3, c // node.heads).unbind(3)
-    out = b.tensors[node.out].permute(0, 2, 3, 1).reshape(n, h * w, node.heads, c // node.heads)
-    arguments = (q, k, v, (c // node.heads) ** -0.5, out)
-    name, run = _chosen(OPS["attention"], q.device, q.dtype, *arguments)
-    return name, partial(run, *arguments)
+        q, k, v = qkv.view(n, h * w, node.heads, 3, width).unbind(3)
+    out = b.tensors[node.out].permute(0, 2, 3, 1).view(n, h * w, node.heads, width)
+    return q.dtype, (q, k, v, width**-0.5, out)
 
 
-def _pool(node: nodes.Pool, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    return "torch", partial(torch.ops.aten.avg_pool2d.out, b.tensors[node.x], [2, 2], out=b.tensors[node.out])
+def _update(node: nodes.Update, b: Buffers, _: PackedWeights) -> tuple[torch.dtype, Arguments]:
+    x, history, entry = (b.tensors[value] for value in (node.out_x, node.out_history, node.out_input))
+    answer, base = b.tensors[node.answer], None if node.base is None else b.tensors[node.base]
+    return answer.dtype, (x, answer, history, b.coefficients, b.step, b.seeds, entry, None, node.unshuffle, base)
 
 
-def _nearest(node: nodes.Nearest, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    x = b.tensors[node.x]
-    n, c, h, w = x.shape
-    cells = b.tensors[node.out].permute(0, 2, 3, 1).view(n, h, 2, w, 2, c)
-    source = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
-    return "torch", partial(cells.copy_, source)
-
-
-def _unshuffle(node: nodes.Unshuffle, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
-    n, c, h, w = x.shape
-    # [N, h, f, w, f, C] -> channels (C, f, f): pixel_unshuffle's order.
-    cells = x.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
-    return "torch", partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
-
-
-def _shuffle(node: nodes.Shuffle, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
-    n, c, h, w = out.shape
-
-    def cells(image: Tensor) -> Tensor:
-        return image.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c)
-
-    source = x.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).permute(0, 1, 4, 2, 5, 3)
-    if node.cond is None:
-        return "torch", partial(cells(out).copy_, source)
-    return "torch", partial(torch.add, source, cells(b.tensors[node.cond]), out=cells(out))
-
-
-def _update(node: nodes.Update, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    get = b.tensors
-    answer = get[node.answer]
-    arguments = (
-        get[node.out_x], answer, get[node.out_history], b.coefficients, b.step, b.seeds, get[node.out_input], None,
-        node.unshuffle,
-    )  # fmt: skip
-    name, run = _chosen(OPS["sampler_update"], answer.device, answer.dtype, *arguments)
-    return name, partial(run, *arguments)
-
-
-def _advance(node: nodes.Advance, b: Buffers, _: PackedWeights) -> tuple[str, Call]:
-    return "torch", partial(b.step.add_, 1)
-
-
-def _getter(b: Buffers) -> Callable[[Value | None], Tensor | None]:
-    return lambda value: None if value is None else b.tensors[value]
-
-
-_BINDERS: dict[type[Node], Any] = {
-    nodes.TimeRow: _time_row,
+_ARGUMENTS: dict[type[Node], Any] = {
     nodes.Coefficients: _coefficients,
     nodes.Conv: _conv,
     nodes.Norm: _norm,
     nodes.Attend: _attend,
+    nodes.Update: _update,
+}
+
+
+def _time_row(_: Any, b: Buffers) -> Call:
+    return partial(torch.index_select, b.rows, 0, b.step, out=b.row)
+
+
+def _advance(_: Any, b: Buffers) -> Call:
+    return partial(b.step.add_, 1)
+
+
+def _pool(node: nodes.Pool, b: Buffers) -> Call:
+    return partial(torch.ops.aten.avg_pool2d.out, b.tensors[node.x], [2, 2], out=b.tensors[node.out])
+
+
+def _nearest(node: nodes.Nearest, b: Buffers) -> Call:
+    x = b.tensors[node.x]
+    n, c, h, w = x.shape
+    cells = b.tensors[node.out].permute(0, 2, 3, 1).view(n, h, 2, w, 2, c)
+    return partial(cells.copy_, x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c))
+
+
+def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> Call:
+    x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
+    n, c, h, w = x.shape
+    # [N, h, f, w, f, C] -> channels (C, f, f): pixel_unshuffle's order.
+    cells = x.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
+    return partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
+
+
+# What no operation does: moves, mostly once a walk.
+_COPIES: dict[type[Node], Any] = {
+    nodes.TimeRow: _time_row,
+    nodes.Advance: _advance,
     nodes.Pool: _pool,
     nodes.Nearest: _nearest,
     nodes.Unshuffle: _unshuffle,
-    nodes.Shuffle: _shuffle,
-    nodes.Update: _update,
-    nodes.Advance: _advance,
 }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import RLock
 
 import torch
 from torch import Tensor
 
 from idm_fast.diffusion import SamplerTable
+from idm_fast.engine.buffers import Arena
 from idm_fast.engine.lower import Shape, lower
+from idm_fast.engine.memory import OutOfMemory
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import Plan
 from idm_fast.engine.precision import chosen_dtype
@@ -28,16 +30,18 @@ Callback = Callable[[int, Tensor, Tensor], None]
 class EngineOptions:
     """``backend``: kernel back ends in order of preference ("cpu,torch"); None: the fastest that can run each call.
 
-    ``weights``: those of another engine of the same network and dtype, to share them.
+    ``weights``: those of another engine of the same network and dtype, to share them. ``arena``: memory that engines
+    take turns in: ``run`` is safe then, ``load`` and ``step`` are those of one engine at a time.
     """
 
     backend: str | None = None
     weights: PackedWeights | None = None
+    arena: Arena | None = None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes held by an engine; ``weights`` may be shared with others."""
+    """Bytes held by an engine; ``weights``, and all of ``workspace`` but its tables, may be shared with others."""
 
     weights: int
     workspace: int
@@ -47,12 +51,12 @@ class Memory:
 class Engine:
     """Made by ``Engine.compile``. One walk at a time: ``run`` waits for another thread's to end."""
 
-    def __init__(self, plan: Plan, tables: StepTables, weights: PackedWeights) -> None:
-        self._plan, self._tables, self.weights = plan, tables, weights
+    def __init__(self, plan: Plan, tables: StepTables, weights: PackedWeights, arena: Arena) -> None:
+        self._plan, self._tables, self.weights, self.arena = plan, tables, weights, arena
         self._table: SamplerTable | None = None
         self._version = -1
         self._at = 0
-        self._lock = RLock()
+        self._lock = arena.lock
 
     @classmethod
     @torch.inference_mode(False)
@@ -70,7 +74,7 @@ class Engine:
         """The plan of ``model`` for N images of H x W pixels and a walk of at most ``table.evaluations`` evaluations.
 
         Raises ``IdmFastError`` for a shape the network cannot take, an unknown dtype, device or back end, and back
-        ends of which none can run some call.
+        ends of which none can run some call; ``OutOfMemory`` with the need and what there is.
         """
         options = options or EngineOptions()
         place = torch.device(device)
@@ -79,15 +83,15 @@ class Engine:
         weights = options.weights or PackedWeights(model, kind, place)
         lowered = lower(model, shape, kind, quantised=quantised)
         tables = StepTables(lowered, weights, table.evaluations)
+        arena = options.arena or Arena(place)
         try:
-            if options.backend is None:
-                plan = Plan(lowered, tables, weights, shape[0])
-            else:
-                with use_backend(options.backend):
-                    plan = Plan(lowered, tables, weights, shape[0])
+            with nullcontext() if options.backend is None else use_backend(options.backend), arena.lock:
+                plan = Plan(lowered, tables, weights, shape[0], arena)
         except BackendError as error:
             raise IdmFastError(str(error)) from None
-        engine = cls(plan, tables, weights)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"Engine: memory must hold {shape[0]} images of {shape[1:]}, got: {error}") from None
+        engine = cls(plan, tables, weights, arena)
         engine.use_table(table)
         return engine
 
@@ -95,6 +99,16 @@ class Engine:
     def nodes(self) -> tuple[Node, ...]:
         """The calls of one evaluation, each with its layer, operation, backend, FLOPs and bytes."""
         return tuple(bound.node for bound in self._plan.step_calls)
+
+    @property
+    def table(self) -> SamplerTable:
+        assert self._table is not None
+        return self._table
+
+    @property
+    def capacity(self) -> int:
+        """The most evaluations of a table that ``use_table`` takes."""
+        return self._tables.capacity
 
     @property
     def launches(self) -> int:
@@ -152,7 +166,8 @@ class Engine:
                 f"for, got {table.evaluations}"
             )
         with self._lock:
-            self._table, self._version = table, -1
+            if table is not self._table:
+                self._table, self._version = table, -1
             self._refresh()
 
     @torch.inference_mode(False)
@@ -160,7 +175,8 @@ class Engine:
     def _refresh(self) -> None:
         if self._version != self.weights.version and self._table is not None:
             self._version = self.weights.version
-            self._tables.fill(self._table)
+            with use_backend(None):  # once per table, and not each back end has the time embedding
+                self._tables.fill(self._table)
 
     def swap_weights(self, model: UNet) -> None:
         """Another network's weights in the same memory, for all engines that share them.
@@ -171,7 +187,7 @@ class Engine:
             self.weights.swap(model)
 
     def memory(self) -> Memory:
-        return Memory(self.weights.nbytes, self._plan.nbytes + self._tables.nbytes)
+        return Memory(self.weights.nbytes, self.arena.nbytes + self._plan.stats_nbytes + self._tables.nbytes)
 
     @torch.no_grad()
     def times(self, repeats: int = 5) -> tuple[float, ...]:
@@ -181,6 +197,7 @@ class Engine:
             for bound in self._plan.step_calls:
                 taken = []
                 for _ in range(repeats + 1):
+                    self._tables.step.zero_()
                     began = time.perf_counter()
                     bound.call()
                     taken.append(time.perf_counter() - began)

@@ -22,7 +22,6 @@ from idm_fast.engine.nodes import (
     Node,
     Norm,
     Pool,
-    Shuffle,
     StatsValue,
     TimeRow,
     Unshuffle,
@@ -115,10 +114,10 @@ class _Lowering:
         for index, level in enumerate(_levels(self.model.up)):
             joins = isinstance(level.block, ResBlock) and level.block.resize is None
             h = self._level(level, f"up.{index}", h, skips.pop() if joins else None)
-        answer = self._output(h, cond)
         self.nodes.append(
             Update(
-                layer="sampler", answer=answer, out_x=x, out_history=history, out_input=entry, unshuffle=f,
+                layer="sampler", answer=self._output(h), base=cond if c.residual else None, unshuffle=f,
+                out_x=x, out_history=history, out_input=entry,
             )
         )  # fmt: skip
         self.nodes.append(Advance(layer="sampler"))
@@ -158,22 +157,15 @@ class _Lowering:
             raise TypeError(f"lower: {path} is a {type(block).__name__}, which has no lowering")
         return h if level.attention is None else self._attention(level.attention, f"{path}.attention", h)
 
-    def _output(self, h: Image, cond: Value | None) -> Value:
+    def _output(self, h: Image) -> Value:
         c = self.config
         channels = c.in_channels * c.unshuffle**2  # a learned variance behind them is not read by any solver
         rows = (0, channels) if channels < c.out_channels * c.unshuffle**2 else None
-        out = self._conv(
+        return self._conv(
             "out_conv", h.value, channels, weight=Weight("out_conv.weight", "conv", rows=rows),
             bias=(Weight("out_conv.bias", "vector", rows=rows),),
             coefficients=self._coefficients("out_norm", self.model.out_norm, h), silu=True,
         ).value  # fmt: skip
-        cond = cond if c.residual else None
-        if c.unshuffle == 1 and cond is None:
-            return out
-        dtype = torch.float32 if cond is not None else self.dtype
-        answer = Value("answer", (self.n, c.in_channels, self.height, self.width), dtype)
-        self.nodes.append(Shuffle(layer="out_conv", x=out, cond=cond, factor=c.unshuffle, out=answer))
-        return answer
 
     # Its parts.
 

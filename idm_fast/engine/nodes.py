@@ -225,21 +225,14 @@ class Unshuffle(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shuffle(Node):
-    """pixel_shuffle of the network's answer, plus the condition where the network is a residual one."""
-
-    x: Value
-    cond: Value | None
-    factor: int
-    out: Value
-    op = "shuffle"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Update(Node):
-    """``sampler_update``: x, history and the network's next input, all written in place."""
+    """``sampler_update``: x, history and the network's next input, all written in place.
+
+    ``answer`` is as the network's last convolution stores it; ``base``: the condition, where the network is residual.
+    """
 
     answer: Value
+    base: Value | None
     out_x: Value
     out_history: Value
     out_input: Value

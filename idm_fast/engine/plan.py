@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.engine.bind import Bound, Buffers, bind
+from idm_fast.engine.bind import BoundNode, bind, pieces
+from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
-from idm_fast.engine.nodes import Value
+from idm_fast.engine.memory import require
+from idm_fast.engine.nodes import Conv
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
 
@@ -18,22 +20,20 @@ class Plan:
     Both read and write only the plan's buffers, its tables and the weights, so a graph may capture either.
     """
 
-    def __init__(self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int) -> None:
-        device = weights.device
+    def __init__(self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int, arena: Arena) -> None:
         self.lowered, self.tables = lowered, tables
-        self.seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(batch, dtype=torch.int64, device=weights.device)
         nodes = (*lowered.setup, *lowered.step)
-        values = dict.fromkeys(v for node in nodes for v in (*node.reads, *node.writes) if isinstance(v, Value))
-        tensors = {value: _tensor(value, device) for value in values}
-        self.buffers = Buffers(
-            tensors, {}, tables.row, tables.rows, tables.coefficients, tables.step, self.seeds
-        )  # fmt: skip
+        places, self.nbytes = images(nodes)
+        if self.nbytes > arena.nbytes:
+            require(self.nbytes, weights.device)
+        memory = arena.take(self.nbytes)
+        tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
+        self.buffers = Buffers(tensors, {}, tables.row, tables.rows, tables.coefficients, tables.step, self.seeds)
+        counts = {n.out_stats: pieces(n, self.buffers, weights) for n in nodes if isinstance(n, Conv) and n.out_stats}
+        self.buffers.stats, self.stats_nbytes = statistics(nodes, counts, weights.device)
         self.setup_calls = [bind(node, self.buffers, weights) for node in lowered.setup]
         self.step_calls = [bind(node, self.buffers, weights) for node in lowered.step]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.buffers.tensors.values())
 
     @property
     def x(self) -> Tensor:
@@ -54,13 +54,6 @@ class Plan:
         _run(self.step_calls)
 
 
-def _run(calls: list[Bound]) -> None:
+def _run(calls: list[BoundNode]) -> None:
     for bound in calls:
         bound.call()
-
-
-def _tensor(value: Value, device: torch.device) -> Tensor:
-    if len(value.shape) != 4:
-        return torch.zeros(value.shape, dtype=value.dtype, device=device)
-    n, c, h, w = value.shape
-    return torch.zeros((n, h, w, c), dtype=value.dtype, device=device).permute(0, 3, 1, 2)

@@ -11,6 +11,8 @@ from torch import Tensor
 from idm_fast.engine.nodes import Weight
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels import phase_weights
+from idm_fast.kernels.conv2d import PackedWeight
+from idm_fast.kernels.conv2d_int8 import quantise_weight
 from idm_fast.models.unet import UNet
 
 State = dict[str, Tensor]
@@ -33,12 +35,19 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for _, tensors in self._made.values() for tensor in tensors)
+        every = [tensor for _, tensors in self._made.values() for tensor in tensors]
+        packed = sum(tensor.packed_bytes for tensor in every if isinstance(tensor, PackedWeight))
+        return packed + sum(tensor.nbytes for tensor in every)
 
     def get(self, weight: Weight) -> Tensor:
         """The tensor of one weight, made at the first call."""
         dtype = torch.float32 if weight.form == "vector" else self.dtype
-        return self.made(weight, lambda state: (_formed(state, weight).to(dtype),))[0]
+        return self.made(weight, lambda state: (_formed(state, weight).to(dtype),), weight.form != "vector")[0]
+
+    def quantised(self, weight: Weight) -> tuple[Tensor, Tensor]:
+        """(int8 weight, its scales) of a convolution."""
+        made, scale = self.made(("int8", weight), lambda state: quantise_weight(_formed(state, weight)), True)
+        return made, scale
 
     def total(self, vectors: tuple[Weight, ...]) -> Tensor | None:
         """The sum of some biases; those the network has not count as nothing."""
@@ -52,11 +61,13 @@ class PackedWeights:
         gamma, beta = Weight(f"{path}.weight", "vector"), Weight(f"{path}.bias", "vector")
         return self.get(gamma), self.get(beta)
 
-    def made(self, key: object, recipe: Recipe) -> tuple[Tensor, ...]:
-        """What ``recipe`` makes of the state dict, on this device, once per key."""
+    def made(self, key: object, recipe: Recipe, packed: bool = False) -> tuple[Tensor, ...]:
+        """What ``recipe`` makes of the state dict, on this device, once per key; ``packed``: the first for products."""
         with self._lock:
             if key not in self._made:
-                self._made[key] = (recipe, self._run(recipe, self._state))
+                first, *rest = self._run(recipe, self._state)
+                with torch.inference_mode(False):
+                    self._made[key] = (recipe, (PackedWeight(first) if packed else first, *rest))
             return self._made[key][1]
 
     def swap(self, model: UNet) -> None:
@@ -75,7 +86,10 @@ class PackedWeights:
         with self._lock:
             for recipe, tensors in self._made.values():
                 for old, tensor in zip(tensors, self._run(recipe, new), strict=True):
-                    old.copy_(tensor)
+                    if isinstance(old, PackedWeight):
+                        old.load(tensor)
+                    else:
+                        old.copy_(tensor)
             self._state = new
             self.version += 1
 
