@@ -11,6 +11,7 @@ from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.extension import (
     KEPT_BYTES,
     Prepared,
+    binder,
     fresh,
     layout,
     optional_view,
@@ -127,3 +128,4 @@ def _prepare(
 
 
 group_norm_silu.prepare = _prepare  # type: ignore[attr-defined]  # what the public function asks a backend for
+group_norm_silu.bind = binder(native.group_norm_silu, prepare)  # type: ignore[attr-defined]  # and dispatch.bound
