@@ -6,6 +6,7 @@
 #include "attention/attention.h"
 #include "common/bind.h"
 #include "common/cpu_isa.h"
+#include "common/huge_pages.h"
 #include "common/program.h"
 #include "common/step.h"
 #include "common/threads.h"
@@ -14,6 +15,7 @@
 #include "conv2d_int8/conv2d_int8.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "norm_coefficients/norm_coefficients.h"
+#include "resample2x/resample2x.h"
 #include "sampler_update/sampler_update.h"
 #include "vq_nearest/vq_nearest.h"
 #if defined(IDM_HAVE_CUDA)
@@ -42,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
   ops.def("philox_normal", &idm::philox_normal);
   ops.def("dynamic_threshold", &idm::dynamic_threshold);
   ops.def("vq_nearest", &idm::vq_nearest);
+  ops.def("resample2x", &idm::resample2x);
   ops.def("table_row", &idm::table_row);
   ops.def("advance", &idm::advance);
 
@@ -61,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = "";
 #endif
 
+  m.def("huge_pages", &idm::huge_pages, "Asks for large pages under (address, bytes).");
   m.def("cpu_isa", &idm::cpu_isa_name, "Instruction set of the CPU kernels in use.");
   m.def("cpu_isas", &idm::cpu_isa_names, "Instruction sets that this machine runs, best first.");
   m.def("set_cpu_isa", &idm::set_cpu_isa, "Forces one of cpu_isas(); '' is the best. For tests and benchmarks.");
