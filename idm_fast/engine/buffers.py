@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine.graph_pool import GraphPool
-from idm_fast.engine.nodes import Columns, Node, StatsValue, Value
+from idm_fast.engine.nodes import Columns, Node, Operand, StatsValue, Value
 from idm_fast.engine.runtime import Runtime, runtime_of
 from idm_fast.kernels.channel_stats import ChannelStats
 
@@ -75,12 +75,11 @@ def lifetimes(nodes: Sequence[Node], kind: type[Placed]) -> dict[Placed, Life]:
     """From the node that writes a value to the last that reads it, both included: a result lies beside its inputs."""
     lives: dict[Placed, Life] = {}
     for index, node in enumerate(nodes):
-        for value in (*node.reads, *node.writes):
+        touched: list[Operand] = [*node.reads, *node.writes]
+        for value in touched:
             if isinstance(value, kind):
-                first, _ = lives.get(value, (index, index))
-                lives[value] = (first, index)
-                if (value if isinstance(value, Value) else value.image).fixed:
-                    lives[value] = (0, len(nodes) - 1)
+                first = lives[value][0] if value in lives else index
+                lives[value] = (0, len(nodes) - 1) if value.fixed else (first, index)
     return lives
 
 

@@ -34,7 +34,7 @@ class GraphLoop:
     def __init__(self, eager: EagerLoop, pool: GraphPool) -> None:
         self.eager, self.pool, self.most_calls = eager, pool, MOST_CALLS
         self._owner = next(_owners)
-        weakref.finalize(self, pool.release, self._owner).atexit = False
+        weakref.finalize(self, pool.abandon, self._owner).atexit = False
 
     def prepare(self, evaluations: int | None) -> bool:
         """Captures what is missing, after the plan has run once call by call: no capture may compile or tune."""

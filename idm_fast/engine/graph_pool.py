@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from threading import RLock
@@ -36,11 +36,21 @@ class GraphPool:
         self._kept: OrderedDict[tuple[int, Key], Kept] = OrderedDict()
         self._pool: object = None
         self._pooled = 0
+        self._abandoned: deque[int] = deque()
         self._lock = RLock()
 
     @property
     def nbytes(self) -> int:
+        self._bury()
         return self._pooled + sum(kept.nbytes for kept in self._kept.values())
+
+    def abandon(self, owner: int) -> None:
+        """Its plan is gone. Python may say so at any moment, in any thread: what is to be done is done later."""
+        self._abandoned.append(owner)
+
+    def _bury(self) -> None:
+        while self._abandoned:
+            self.release(self._abandoned.popleft())
 
     def has(self, owner: int, keys: Iterable[Key]) -> bool:
         return all((owner, key) in self._kept for key in keys)
@@ -48,6 +58,7 @@ class GraphPool:
     def capture(self, owner: int, works: Mapping[Key, Work]) -> None:
         """Keeps the graph of each that is missing; where memory runs out, once more without all others."""
         with self._lock:
+            self._bury()
             try:
                 self._capture(owner, works)
             except torch.OutOfMemoryError:

@@ -308,7 +308,7 @@ def _levels(modules: torch.nn.ModuleList) -> list[Level]:
 
 
 def _resizes(level: Level) -> bool:
-    return isinstance(level.block, Downsample | Upsample) or level.block.resize is not None  # type: ignore[union-attr]
+    return isinstance(level.block, Downsample | Upsample) or level.block.resize is not None
 
 
 def _without_unread_stats(nodes: Sequence[Node]) -> list[Node]:

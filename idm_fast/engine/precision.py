@@ -12,7 +12,7 @@ from idm_fast.engine.nodes import Value
 from idm_fast.errors import IdmFastError
 
 if TYPE_CHECKING:
-    from idm_fast.engine.bind import Bound
+    from idm_fast.engine.bind import BoundNode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT8 = "int8"  # bfloat16 (float32 without its instructions) between convolutions on 8-bit integers; CPU only
@@ -50,7 +50,7 @@ FP16_RANGE = 6e4  # float16 ends at 65504; what another picture adds must fit be
 
 
 @torch.no_grad()
-def check_range(calls: Sequence[Bound], tensors: Mapping[Value, Tensor]) -> None:
+def check_range(calls: Sequence[BoundNode], tensors: Mapping[Value, Tensor]) -> None:
     """Runs the calls in order and looks at every float16 image that they store, once.
 
     Raises ``IdmFastError`` naming the first layer whose values leave the range, with bf16 as the way out.

@@ -13,6 +13,7 @@ import torch
 
 from idm_fast.errors import IdmFastError
 
+cuda: Any = torch.cuda  # much of it has no types
 Work = Callable[[], object]
 Settings = dict[str, object]
 
@@ -94,17 +95,17 @@ class CudaRuntime:
     captures = True
 
     def __init__(self, device: torch.device) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
-        self._stream = torch.cuda.Stream(self.device)  # of all captures: graphs that share a pool must share it
-        self._last = torch.cuda.Event()
+        self._stream = cuda.Stream(self.device)  # of all captures: graphs that share a pool must share it
+        self._last = cuda.Event()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        with torch.cuda.device(self.device):
-            if torch.cuda.is_current_stream_capturing():
+        with cuda.device(self.device):
+            if cuda.is_current_stream_capturing():
                 raise IdmFastError("Engine: run must be outside the capture of a CUDA graph, got the inside of one")
-            stream = torch.cuda.current_stream()
+            stream = cuda.current_stream()
             stream.wait_event(self._last)
             try:
                 yield
@@ -113,29 +114,29 @@ class CudaRuntime:
 
     def warm_up(self, work: Work) -> None:
         with _capturing:
-            current = torch.cuda.current_stream(self.device)
+            current = cuda.current_stream(self.device)
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
+            with cuda.stream(self._stream):
                 work()
             current.wait_stream(self._stream)
 
     def new_pool(self) -> object:
-        return torch.cuda.graph_pool_handle()
+        return cuda.graph_pool_handle()
 
     def capture(self, work: Work, pool: object) -> tuple[Graph, int]:
         with _capturing, _no_collection():
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()  # memory that lies in torch's cache is of no use to the pool
-            free, pooled = torch.cuda.mem_get_info(self.device)[0], self.pool_bytes(pool)
+            cuda.synchronize(self.device)
+            cuda.empty_cache()  # memory that lies in torch's cache is of no use to the pool
+            free, pooled = cuda.mem_get_info(self.device)[0], self.pool_bytes(pool)
             graph = self._captured(work, pool)
-            taken = free - torch.cuda.mem_get_info(self.device)[0]
+            taken = free - cuda.mem_get_info(self.device)[0]
             return graph, max(0, taken - (self.pool_bytes(pool) - pooled))
 
     def _captured(self, work: Work, pool: Any) -> torch.cuda.CUDAGraph:
         # As `torch.cuda.graph` does it, which after an error inside leaves its stream the current one.
         graph = torch.cuda.CUDAGraph()
         # Inside inference mode torch would make the graph's own state of tensors that no replay may write.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(False), torch.no_grad(), cuda.stream(self._stream):
             # Other threads may allocate and copy meanwhile; only this one is held to what a capture allows.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
@@ -150,17 +151,17 @@ class CudaRuntime:
         return graph
 
     def pool_bytes(self, pool: object) -> int:
-        return sum(
-            int(segment["total_size"])
-            for segment in torch.cuda.memory_snapshot()
-            if segment["device"] == self.device.index and tuple(segment["segment_pool_id"]) == pool
-        )
+        total = 0
+        for segment in cuda.memory_snapshot():
+            if segment["device"] == self.device.index and tuple(segment["segment_pool_id"]) == pool:
+                total += int(segment["total_size"])
+        return total
 
     def settle(self) -> None:
         self._last.synchronize()
 
     def settings(self) -> Settings:
-        backends = torch.backends
+        backends: Any = torch.backends
         return {
             "torch.backends.cuda.matmul.fp32_precision": backends.cuda.matmul.fp32_precision,
             "torch.backends.cudnn.conv.fp32_precision": backends.cudnn.conv.fp32_precision,
@@ -172,13 +173,13 @@ class CudaRuntime:
 
     def seconds(self, work: Work) -> float:
         """The device's own time of one call, launches included where they take longer."""
-        with torch.cuda.device(self.device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with cuda.device(self.device):
+            begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             work()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) / 1e3
+            return float(begin.elapsed_time(end)) / 1e3
 
 
 def runtime_of(device: torch.device) -> Runtime:
