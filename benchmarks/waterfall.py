@@ -96,7 +96,12 @@ def torch_convolutions() -> Iterator[None]:
 
 
 def engine(
-    *rewrites: Rewrite, torch_convs: bool = False, program: bool = False, dtype: str | None = None
+    *rewrites: Rewrite,
+    torch_convs: bool = False,
+    program: bool = False,
+    graph: bool = False,
+    dtype: str | None = None,
+    cache_every: int = 1,
 ) -> Callable[[Workload, str], Made]:
     """A stage that compiles the plan with something switched off again."""
 
@@ -114,7 +119,7 @@ def engine(
                 return lowered
 
             stack.enter_context(patch("idm_fast.engine.engine.lower", changed))
-            compiled = ours.engine(work, dtype or low)
+            compiled = ours.engine(work, dtype or low, graph=graph, cache_every=cache_every)
         return Made(lambda: ours.run(compiled, work), compiled.launches, dtype or low)
 
     return make
@@ -130,6 +135,11 @@ def _modules(work: Workload, low: str) -> Made:
     return Made(lambda: work.run(built.denoise, built.network_dtype), None, low)
 
 
+def _reusing(work: Workload, low: str) -> Made:
+    dtype = "int8" if work.device.type == "cpu" else low
+    return engine(program=True, graph=True, dtype=dtype, cache_every=2)(work, low)
+
+
 STAGES = (
     Stage("eager, float32", lambda work, low: _eager(work, "fp32")),
     Stage("low precision, channels-last", _eager),
@@ -139,7 +149,9 @@ STAGES = (
     Stage("nearest 2x as four phases", engine(without_hoisting)),
     Stage("the condition's half once a walk", engine()),
     Stage("no Python between calls", engine(program=True), ("cpu",)),
+    Stage("the whole walk as one graph", engine(graph=True), ("cuda",)),
     Stage("int8 (lossy)", engine(program=True, dtype="int8"), ("cpu",)),
+    Stage("inner levels every second step (lossy)", _reusing),
 )
 
 

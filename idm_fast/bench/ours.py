@@ -13,12 +13,15 @@ from idm_fast.engine import Engine, EngineOptions
 from idm_fast.kernels import use_backend
 
 
-def engine(workload: Workload, dtype: str, backend: str | None = None) -> Engine:
-    """The compiled plan of a workload. ``dtype``: fp32, bf16, fp16 or int8; ``backend``: kernels to prefer."""
+def engine(
+    workload: Workload, dtype: str, backend: str | None = None, *, graph: bool = True, cache_every: int = 1
+) -> Engine:
+    """The compiled plan of a workload. ``dtype``: fp32, bf16, fp16 or int8; ``backend``: kernels to prefer;
+    ``graph`` and ``cache_every``: as in ``EngineOptions``."""
     height, width = workload.size
     return Engine.compile(
         workload.model, (workload.batch, height, width), workload.table, dtype=dtype, device=workload.device,
-        options=EngineOptions(backend=backend),
+        options=EngineOptions(backend=backend, graph=graph, cache_every=cache_every),
     )  # fmt: skip
 
 
