@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine import nodes
+from idm_fast.engine.autotune import Autotuner
 from idm_fast.engine.buffers import Buffers
 from idm_fast.engine.nodes import Node, Value
 from idm_fast.engine.weights import PackedWeights
@@ -21,7 +22,6 @@ from idm_fast.ops import OPS
 
 Call = Callable[[], object]
 Arguments = tuple[Any, ...]  # of an implementation, in its order
-Choose = Callable[[Node, torch.device, torch.dtype, Arguments], str | None]
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,36 @@ class BoundNode:
     call: Call
 
 
-def bind(node: Node, buffers: Buffers, weights: PackedWeights, choose: Choose | None = None) -> BoundNode:
-    """``choose``: names a node's backend (autotune.py); None, or its None: the first that can run it.
+class Binder:
+    """Binds the nodes of one plan. Raises ``BackendError`` where none of the allowed backends can run a node."""
 
-    Raises ``BackendError`` where none of the allowed backends can run the node.
-    """
-    copy = _COPIES.get(type(node))
-    if copy is not None:
-        return BoundNode(replace(node, backend="torch"), copy(node, buffers))
-    dtype, arguments = arguments_of(node, buffers, weights)
-    device = weights.device
-    wanted = None if choose is None else choose(node, device, dtype, arguments)
-    name, run = chosen(node.op, device, dtype, arguments, wanted)
-    return BoundNode(replace(node, backend=name), dispatch.bound(run, *arguments))
+    def __init__(self, buffers: Buffers, weights: PackedWeights, tuner: Autotuner) -> None:
+        self._buffers, self._weights, self._tuner = buffers, weights, tuner
 
+    def bind(self, node: Node) -> BoundNode:
+        copy = _COPIES.get(type(node))
+        if copy is not None:
+            return BoundNode(replace(node, backend="torch"), copy(node, self._buffers))
+        name, run, arguments = self._chosen(node)
+        return BoundNode(replace(node, backend=name), dispatch.bound(run, *arguments))
 
-def chosen(
-    op: str, device: torch.device, dtype: torch.dtype, arguments: Arguments, wanted: str | None = None
-) -> tuple[str, Callable[..., Any]]:
-    """(name, implementation) of the backend that is wanted, or else of the first that can run."""
-    with nullcontext() if wanted is None else dispatch.use_backend(wanted):
-        run = OPS[op].choose(device, dtype, *arguments)
-    for name, row in OPS[op].backends.items():
-        if row.why_not(device, dtype, forced=True) is None and row.run is run:
-            return name, run
-    raise AssertionError("what was chosen is a row of the table")
+    def pieces(self, node: nodes.Conv) -> int:
+        """Into how many pieces the statistics of ``node`` are cut."""
+        _, run, arguments = self._chosen(node)
+        return dispatch.pieces(run, *arguments)
+
+    def _chosen(self, node: Node) -> tuple[str, Callable[..., Any], Arguments]:
+        """(name of the backend, its implementation, what that takes)."""
+        dtype, arguments = arguments_of(node, self._buffers, self._weights)
+        device = self._weights.device
+        wanted = self._tuner.choose(node.op, device, dtype, arguments)
+        op = OPS[node.op]
+        with nullcontext() if wanted is None else dispatch.use_backend(wanted):
+            run = op.choose(device, dtype, *arguments)
+        for name, row in op.backends.items():
+            if row.why_not(device, dtype, forced=True) is None and row.run is run:
+                return name, run, arguments
+        raise AssertionError("what was chosen is a row of the table")
 
 
 def arguments_of(node: Node, buffers: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
@@ -62,14 +67,6 @@ def arguments_of(node: Node, buffers: Buffers, weights: PackedWeights) -> tuple[
     make: Any = _ARGUMENTS[type(node)]
     found: tuple[torch.dtype, Arguments] = make(node, buffers, weights)
     return found
-
-
-def pieces(node: nodes.Conv, buffers: Buffers, weights: PackedWeights, choose: Choose | None = None) -> int:
-    """Into how many pieces the statistics of ``node`` are cut."""
-    dtype, arguments = arguments_of(node, buffers, weights)
-    wanted = None if choose is None else choose(node, weights.device, dtype, arguments)
-    _, run = chosen(node.op, weights.device, dtype, arguments, wanted)
-    return dispatch.pieces(run, *arguments)
 
 
 def _coefficients(node: nodes.Coefficients, b: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:

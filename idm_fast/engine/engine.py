@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from idm_fast.diffusion import SamplerTable
+from idm_fast.engine.autotune import Autotuner, Policy
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.lower import Shape, lower
 from idm_fast.engine.memory import OutOfMemory
@@ -28,8 +30,10 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """``backend``: kernel back ends in order of preference ("cpu,torch"); None: the fastest that can run each call.
+    """``backend``: kernel back ends in order of preference ("cpu,torch"); None: all of them.
 
+    ``autotune``: whether each call's back end is measured ("on"), looked up in what was measured before ("cached") or
+    the first of the table that can run it ("off"); ``cache``: the file of measurements, None for the user's own.
     ``weights``: those of another engine of the same network and dtype, to share them. ``arena``: memory that engines
     take turns in: ``run`` is safe then, ``load`` and ``step`` are those of one engine at a time.
     """
@@ -37,6 +41,8 @@ class EngineOptions:
     backend: str | None = None
     weights: PackedWeights | None = None
     arena: Arena | None = None
+    autotune: Policy = "cached"
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,9 @@ class Memory:
 class Engine:
     """Made by ``Engine.compile``. One walk at a time: ``run`` waits for another thread's to end."""
 
-    def __init__(self, plan: Plan, tables: StepTables, weights: PackedWeights, arena: Arena) -> None:
-        self._plan, self._tables, self.weights, self.arena = plan, tables, weights, arena
-        self._table: SamplerTable | None = None
-        self._version = -1
+    def __init__(self, plan: Plan, table: SamplerTable, weights: PackedWeights, arena: Arena) -> None:
+        self._plan, self._tables, self.weights, self.arena = plan, plan.tables, weights, arena
+        self._table, self._version = table, weights.version
         self._at = 0
         self._lock = arena.lock
 
@@ -83,17 +88,18 @@ class Engine:
         weights = options.weights or PackedWeights(model, kind, place)
         lowered = lower(model, shape, kind, quantised=quantised)
         tables = StepTables(lowered, weights, table.evaluations)
+        tables.fill(table)  # first: to be measured, a quantised call needs its steps
+        tuner = Autotuner(options.autotune, options.cache)
         arena = options.arena or Arena(place)
         try:
             with nullcontext() if options.backend is None else use_backend(options.backend), arena.lock:
-                plan = Plan(lowered, tables, weights, shape[0], arena)
+                plan = Plan(lowered, tables, weights, shape[0], arena, tuner)
         except BackendError as error:
             raise IdmFastError(str(error)) from None
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"Engine: memory must hold {shape[0]} images of {shape[1:]}, got: {error}") from None
-        engine = cls(plan, tables, weights, arena)
-        engine.use_table(table)
-        return engine
+        tuner.save()
+        return cls(plan, table, weights, arena)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -102,7 +108,7 @@ class Engine:
 
     @property
     def table(self) -> SamplerTable:
-        assert self._table is not None
+        """What ``run`` walks."""
         return self._table
 
     @property
@@ -173,10 +179,9 @@ class Engine:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _refresh(self) -> None:
-        if self._version != self.weights.version and self._table is not None:
+        if self._version != self.weights.version:
             self._version = self.weights.version
-            with use_backend(None):  # once per table, and not each back end has the time embedding
-                self._tables.fill(self._table)
+            self._tables.fill(self._table)
 
     def swap_weights(self, model: UNet) -> None:
         """Another network's weights in the same memory, for all engines that share them.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.engine.bind import BoundNode, bind, pieces
+from idm_fast.engine.autotune import Autotuner
+from idm_fast.engine.bind import Binder, BoundNode
 from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
 from idm_fast.engine.memory import require
@@ -20,7 +21,9 @@ class Plan:
     Both read and write only the plan's buffers, its tables and the weights, so a graph may capture either.
     """
 
-    def __init__(self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int, arena: Arena) -> None:
+    def __init__(
+        self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int, arena: Arena, tuner: Autotuner
+    ) -> None:
         self.lowered, self.tables = lowered, tables
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=weights.device)
         nodes = (*lowered.setup, *lowered.step)
@@ -30,10 +33,11 @@ class Plan:
         memory = arena.take(self.nbytes)
         tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
         self.buffers = Buffers(tensors, {}, tables.row, tables.rows, tables.coefficients, tables.step, self.seeds)
-        counts = {n.out_stats: pieces(n, self.buffers, weights) for n in nodes if isinstance(n, Conv) and n.out_stats}
+        binder = Binder(self.buffers, weights, tuner)
+        counts = {n.out_stats: binder.pieces(n) for n in nodes if isinstance(n, Conv) and n.out_stats}
         self.buffers.stats, self.stats_nbytes = statistics(nodes, counts, weights.device)
-        self.setup_calls = [bind(node, self.buffers, weights) for node in lowered.setup]
-        self.step_calls = [bind(node, self.buffers, weights) for node in lowered.step]
+        self.setup_calls = [binder.bind(node) for node in lowered.setup]
+        self.step_calls = [binder.bind(node) for node in lowered.step]
 
     @property
     def x(self) -> Tensor:

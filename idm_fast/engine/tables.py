@@ -9,7 +9,7 @@ from idm_fast.diffusion import SamplerTable
 from idm_fast.engine.lower import Lowered, Range
 from idm_fast.engine.nodes import Columns, Weight
 from idm_fast.engine.weights import PackedWeights, State
-from idm_fast.kernels import time_embedding
+from idm_fast.kernels import time_embedding, use_backend
 from idm_fast.kernels.conv2d_int8 import activation_scale
 
 
@@ -43,14 +43,16 @@ class StepTables:
         self.evaluations = count
         times = torch.from_numpy(table.network_time.astype("float32")).to(device)
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._mlp
-        made = time_embedding(
-            times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
-            order=config.embedding_order, embed_silu=config.embed_silu,
-        )  # fmt: skip
+        with use_backend(None):  # once per table, and not each back end has it
+            made = time_embedding(
+                times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
+                order=config.embedding_order, embed_silu=config.embed_silu,
+            )  # fmt: skip
         self.rows[:count, : self._columns].copy_(made)
         for index, each in enumerate(self._lowered.ranges):
             begin = self._columns + 2 * index
             self.rows[:count, begin : begin + 2].copy_(self._range(each, made))
+        self.row.copy_(self.rows[:1])
 
     def _range(self, each: Range, rows: Tensor) -> Tensor:
         gamma, beta = self._weights.norm(each.norm)
