@@ -14,6 +14,7 @@
 #include "conv2d_int8/conv2d_int8.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "norm_coefficients/norm_coefficients.h"
+#include "resample2x/resample2x.h"
 #include "sampler_update/sampler_update.h"
 #include "vq_nearest/vq_nearest.h"
 #if defined(IDM_HAVE_CUDA)
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   ops.def("philox_normal", &idm::philox_normal);
   ops.def("dynamic_threshold", &idm::dynamic_threshold);
   ops.def("vq_nearest", &idm::vq_nearest);
+  ops.def("resample2x", &idm::resample2x);
   ops.def("table_row", &idm::table_row);
   ops.def("advance", &idm::advance);
 

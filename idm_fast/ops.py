@@ -30,6 +30,7 @@ from idm_fast.kernels import (
     norm_coefficients,
     phase_weights,
     philox_normal,
+    resample2x,
     sampler_update,
     time_embedding,
     use_backend,
@@ -50,6 +51,7 @@ NAMES = (
     "conv2d",
     "conv2d_int8",
     "conv2d_fp8",
+    "resample2x",
     "vq_nearest",
 )
 
@@ -87,6 +89,7 @@ __all__ = [
     "norm_coefficients",
     "phase_weights",
     "philox_normal",
+    "resample2x",
     "sampler_update",
     "suite",
     "time_embedding",

@@ -19,6 +19,7 @@ from idm_fast.kernels.dynamic_threshold import dynamic_threshold
 from idm_fast.kernels.group_norm_silu import group_norm_silu
 from idm_fast.kernels.norm_coefficients import norm_coefficients
 from idm_fast.kernels.philox_normal import philox_normal
+from idm_fast.kernels.resample2x import resample2x
 from idm_fast.kernels.sampler_update import sampler_update
 from idm_fast.kernels.time_embedding import time_embedding
 from idm_fast.kernels.vq_nearest import vq_nearest
@@ -46,6 +47,7 @@ __all__ = [
     "norm_coefficients",
     "phase_weights",
     "philox_normal",
+    "resample2x",
     "sampler_update",
     "time_embedding",
     "use_backend",

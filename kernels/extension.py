@@ -105,14 +105,30 @@ def optional_view(tensor: Tensor | None) -> View | None:
 
 
 class Bound:
-    """A prepared call that is made from Python many times; ``arguments`` are the tensors that it is to keep alive."""
+    """A prepared call that is made from Python many times, or recorded by a ``Program``.
 
-    __slots__ = ("_call", "_held", "_told")
+    ``arguments`` are the tensors that it is to keep alive. ``threaded``: the last prepared argument is the number of
+    threads, which is asked anew at each call. Returns what the implementation would.
+    """
 
-    def __init__(self, call: Callable[..., None], prepared: Prepared, arguments: tuple[Any, ...]) -> None:
+    __slots__ = ("_held", "_told", "function", "prepared", "threaded")
+
+    def __init__(
+        self, function: Callable[..., None], prepared: Prepared, arguments: tuple[Any, ...], threaded: bool = True
+    ) -> None:
         made = require_native().Layout  # read faster than a view is
-        self._told = [(a[0], made(a)) if isinstance(a, tuple) else a for a in prepared.arguments[:-1]]
-        self._call, self._held = call, (prepared, arguments)
+        told = prepared.arguments[:-1] if threaded else prepared.arguments
+        self._told = [(a[0], made(a)) if isinstance(a, tuple) else a for a in told]
+        self._held, self.function, self.prepared, self.threaded = arguments, function, prepared, threaded
 
-    def __call__(self) -> None:
-        self._call(*self._told, torch.get_num_threads())
+    def __call__(self) -> Any:
+        if self.threaded:
+            self.function(*self._told, torch.get_num_threads())
+        else:
+            self.function(*self._told)
+        return self.prepared.result
+
+
+def binder(function: Callable[..., None], prepare: Callable[..., Prepared]) -> Callable[..., Bound]:
+    """What ``dispatch.bound`` asks an implementation for, as its ``bind``."""
+    return lambda *arguments: Bound(function, prepare(*arguments), arguments)

@@ -53,16 +53,16 @@ def main(backend: str, path: Path) -> None:
 
 def run_program() -> None:
     """A recorded step: its arguments must outlive the tuples that they came from, and its threads may change."""
-    from idm_fast.kernels.program import Program
+    from idm_fast.kernels.program import Program, bind_advance, bind_table_row
 
     print("program", flush=True)
     x = torch.randn(1, 3, 6, 8).contiguous(memory_format=torch.channels_last)
     history, stem = torch.zeros_like(x), torch.empty(1, 3, 4, 12).permute(0, 3, 1, 2)
     table, counter, row = torch.ones(3, 8), torch.zeros(1, dtype=torch.int64), torch.empty(2, 8)
     program = Program()
-    program.table_row(table, counter, row)
+    program.add(bind_table_row(table, counter, row))
     program.record("sampler_update", x, x + 1, history, table, counter, torch.tensor([7]), stem, None, 2, x + 2)
-    program.advance(counter)
+    program.add(bind_advance(counter))
     for threads in (1, 2):
         torch.set_num_threads(threads)
         program.run(2)

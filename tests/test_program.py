@@ -7,20 +7,28 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from idm_fast.kernels import extension
-from idm_fast.kernels.program import Program
+from idm_fast.kernels.case import Outputs
+from idm_fast.kernels.dispatch import Op
+from idm_fast.kernels.program import Program, bind_advance, bind_table_row, joined
 from idm_fast.ops import (
+    OPS,
+    BackendError,
     PackedWeight,
     channel_stats,
     conv2d,
     conv2d_stats,
     norm_coefficients,
     sampler_update,
+    suite,
     use_backend,
 )
 
@@ -58,12 +66,65 @@ def test_a_loop_is_what_its_calls_are() -> None:
             sampler_update(expected, output, history, ROWS, index, SEEDS)
     program = Program()
     record_update(program, x, step)
-    program.advance(step)
+    program.add(bind_advance(step))
     assert (len(program), program.names) == (2, ["sampler_update", "advance"])
     gc.collect()  # nothing but the program holds the tensors
     program.run(3)
     assert torch.equal(x, expected)
     assert step.item() == 3
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if "cpu" in OPS[name].backends])
+def test_every_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case gives the same bits through a program as by a call."""
+    cases = [case for case in suite(name).tested if case.bytes_moved(torch.float32) < 2**18]
+    jobs = [(case, dtype) for case in cases for dtype in suite(name).dtypes]
+    recorded = 0
+
+    def choose(op: Op, device: torch.device, dtype: torch.dtype, *args: Any) -> Callable[..., Any]:
+        original(op, device, dtype, *args)  # its limits refuse what the native code cannot run
+
+        def run(*args: Any) -> Any:
+            nonlocal recorded
+            recorded += 1
+            program = Program()
+            result = program.record(op.name, *args)
+            program.run()
+            return result
+
+        return run
+
+    def results() -> list[Outputs | None]:
+        found: list[Outputs | None] = []
+        for case, dtype in jobs:
+            try:
+                with use_backend("cpu"):
+                    found.append(suite(name).call(case.inputs(dtype)))
+            except BackendError:
+                found.append(None)
+        return found
+
+    expected, original = results(), Op.choose
+    monkeypatch.setattr(Op, "choose", choose)
+    if hasattr(module := import_module(f"idm_fast.kernels.{name}"), "_known"):
+        monkeypatch.setattr(module, "_known", {})  # prepared calls of before
+    for job, one, other in zip(jobs, results(), expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert all(torch.equal(one[key], other[key]) for key in one), job[0].name
+    assert recorded > 0
+
+
+def test_joined() -> None:
+    step, seen = counter(), []
+    one = bind_advance(step)
+    calls = joined([one, one, lambda: seen.append(step.item()), one, lambda: None])
+    assert len(calls) == 4
+    for call in calls:
+        call()
+    assert seen == [2]
+    assert step.item() == 3
+    assert joined([]) == []
 
 
 def test_results_that_are_made_on_the_way() -> None:
@@ -87,7 +148,7 @@ def test_results_that_are_made_on_the_way() -> None:
 @pytest.mark.parametrize("shape", [(8,), (3, 8)])
 def test_table_row(at: int, row: int, shape: tuple[int, ...]) -> None:
     out, program = torch.full(shape, math.nan), Program()
-    program.table_row(ROWS, counter(at), out)
+    program.add(bind_table_row(ROWS, counter(at), out))
     program.run()
     assert torch.equal(out, ROWS[row].expand(shape))
 
@@ -108,19 +169,14 @@ def test_threads_are_those_of_the_run() -> None:
 
 
 def test_a_failing_call_is_named() -> None:
-    native, program = extension.native, Program()
-    assert native is not None
-    step = counter()
-    program.advance(step)
-    program._native.sampler_update(
-        *(extension.view(t) for t in (image(1, 3, 4, 4), image(1, 3, 4, 4), image(1, 3, 4, 4), ROWS)),
-        *(9, None, extension.view(SEEDS), None, None, None, 1, 1),
-    )
-    program.advance(step)
+    program, step = Program(), counter()
+    program.add(bind_advance(step))
+    program.record("sampler_update", *(image(1, 3, 4, 4) for _ in range(3)), ROWS, 9, SEEDS)
+    program.add(bind_advance(step))
     with pytest.raises(ValueError, match=r"program: call 1 \(sampler_update\): sampler_update: step must be a row"):
         program.run()
     assert step.item() == 1
-    program.advance(step)  # still usable: it is not running any more
+    program.add(bind_advance(step))  # still usable: it is not running any more
     assert len(program) == 4
 
 
@@ -139,11 +195,11 @@ def test_refusals() -> None:
     assert len(program) == 0
     for out in (torch.zeros(7), torch.zeros(8, dtype=torch.int32), torch.zeros(2, 16)[:, ::2]):
         program = Program()
-        program.table_row(ROWS, counter(), out)
+        program.add(bind_table_row(ROWS, counter(), out))
         with pytest.raises(ValueError, match=r"call 0 \(table_row\): table_row: out must be contiguous float32"):
             program.run()
     program = Program()
-    program.advance(torch.zeros(1))
+    program.add(bind_advance(torch.zeros(1)))
     with pytest.raises(ValueError, match="advance: counter must be int64"):
         program.run()
 
@@ -152,14 +208,14 @@ def test_python_goes_on_beside_it_and_can_stop_it() -> None:
     """The GIL is free while it runs, calls cannot be recorded then, and Ctrl-C ends it between two repeats."""
     program, step = Program(), counter()
     record_update(program, image(1, 3, 64, 64), step)
-    program.advance(step)
+    program.add(bind_advance(step))
     seen: list[str] = []
 
     def beside() -> None:
         while step.item() < 10:
             time.sleep(0.001)
         try:
-            program.advance(step)
+            program.add(bind_advance(step))
         except ValueError as error:
             seen.append(str(error))
         signal.raise_signal(signal.SIGINT)

@@ -59,6 +59,7 @@ def test_every_picture_comes_once_an_epoch_in_another_order(tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch, where there is one core
 def test_loading_processes_change_nothing(faces: list[FaceFile]) -> None:
     def batches(workers: int) -> list[torch.Tensor]:
         part = Subset(FacePairs(faces, 32, 12, seed=3), range(2, 12))

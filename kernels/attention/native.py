@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.kernels.extension import Prepared, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, require_native, view
 
 native = require_native()
 
@@ -27,3 +27,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None)
     native.attention(*call.arguments)
     result: Tensor = call.result
     return result
+
+
+attention.bind = binder(native.attention, prepare)  # type: ignore[attr-defined]  # what dispatch.bound asks for

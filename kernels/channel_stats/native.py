@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats, piece_rows
-from idm_fast.kernels.extension import Prepared, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, require_native, view
 
 native = require_native()
 
@@ -21,3 +21,6 @@ def prepare(
 
 def channel_stats(x: Tensor, out: ChannelStats) -> None:
     native.channel_stats(*prepare(x, out).arguments)
+
+
+channel_stats.bind = binder(native.channel_stats, prepare)  # type: ignore[attr-defined]  # what dispatch.bound asks for

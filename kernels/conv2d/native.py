@@ -10,7 +10,7 @@ from torch import Tensor
 from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.packing import PackedCache, pack_weight
-from idm_fast.kernels.extension import _CODES, Bound, Prepared, optional_view, require_native, view
+from idm_fast.kernels.extension import _CODES, Prepared, binder, optional_view, require_native, view
 
 native = require_native()
 _packed = PackedCache(pack_weight)
@@ -41,11 +41,6 @@ def conv2d(
     native.conv2d(*call.arguments)
     result: Tensor | tuple[Tensor, ChannelStats] = call.result
     return result
-
-
-def _bind(*arguments: Any) -> Bound:
-    """The same call, of which only the number of threads is still asked."""
-    return Bound(native.conv2d, prepare(*arguments), arguments)
 
 
 def prepare(
@@ -94,4 +89,4 @@ def _pieces(x: Tensor, weight: Tensor, _: Any, stride: int, upsample: bool, *__:
 
 
 # What conv2d_stats and bind_conv2d ask a backend for.
-conv2d.pieces, conv2d.bind = _pieces, _bind  # type: ignore[attr-defined]
+conv2d.pieces, conv2d.bind = _pieces, binder(native.conv2d, prepare)  # type: ignore[attr-defined]

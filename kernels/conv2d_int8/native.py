@@ -11,7 +11,7 @@ from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.conv2d.contract import output_shape, stats_room
 from idm_fast.kernels.conv2d.packing import PackedCache, extents
 from idm_fast.kernels.conv2d_int8.quantise import NAME
-from idm_fast.kernels.extension import Bound, Prepared, optional_view, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, optional_view, require_native, view
 
 native = require_native()
 
@@ -54,11 +54,6 @@ def conv2d_int8(
     native.conv2d_int8(*call.arguments)
     result: Tensor | tuple[Tensor, ChannelStats] = call.result
     return result
-
-
-def _bind(*arguments: Any) -> Bound:
-    """The same call, of which only the number of threads is still asked."""
-    return Bound(native.conv2d_int8, prepare(*arguments), arguments)
 
 
 def prepare(
@@ -104,4 +99,4 @@ def _pieces(x: Tensor, weight: Tensor, _: Any, __: Any, ___: Any, stride: int, u
 
 
 # What conv2d_int8_stats and bind_conv2d_int8 ask a backend for.
-conv2d_int8.pieces, conv2d_int8.bind = _pieces, _bind  # type: ignore[attr-defined]
+conv2d_int8.pieces, conv2d_int8.bind = _pieces, binder(native.conv2d_int8, prepare)  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.kernels.extension import Prepared, optional_view, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, optional_view, require_native, view
 
 native = require_native()
 
@@ -29,3 +29,6 @@ def dynamic_threshold(
 ) -> Tensor:
     native.dynamic_threshold(*prepare(x, model_output, table, step, quantile, out).arguments)
     return out
+
+
+dynamic_threshold.bind = binder(native.dynamic_threshold, prepare)  # type: ignore[attr-defined]  # what dispatch.bound asks for

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.extension import Prepared, layout, optional_view, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, layout, optional_view, require_native, view
 from idm_fast.kernels.group_norm_silu import empty_beside
 
 native = require_native()
@@ -117,3 +117,4 @@ def _prepare(
 
 
 group_norm_silu.prepare = _prepare  # type: ignore[attr-defined]  # what the public function asks a backend for
+group_norm_silu.bind = binder(native.group_norm_silu, prepare)  # type: ignore[attr-defined]  # and dispatch.bound

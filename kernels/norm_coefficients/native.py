@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.extension import Prepared, optional_view, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, optional_view, require_native, view
 
 native = require_native()
 
@@ -52,3 +52,6 @@ def norm_coefficients(
 ) -> None:
     call = prepare(stats, num_groups, weight, bias, eps, scale, shift, skip_stats, out)
     native.norm_coefficients(*call.arguments)
+
+
+norm_coefficients.bind = binder(native.norm_coefficients, prepare)  # type: ignore[attr-defined]  # what dispatch.bound asks for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.kernels.extension import Prepared, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, require_native, view
 
 native = require_native()
 
@@ -25,3 +25,6 @@ def philox_normal(seeds: Tensor, shape: tuple[int, int, int, int], step: int) ->
     native.philox_normal(*call.arguments)
     result: Tensor = call.result
     return result
+
+
+philox_normal.bind = binder(native.philox_normal, prepare)  # type: ignore[attr-defined]  # what dispatch.bound asks for

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from idm_fast.kernels.extension import Prepared, layout, optional_view, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, layout, optional_view, require_native, view
 from idm_fast.kernels.sampler_update import contract
 
 native = require_native()
@@ -115,3 +115,4 @@ def _prepare(
 
 
 sampler_update.prepare = _prepare  # type: ignore[attr-defined]  # what the public function asks a backend for
+sampler_update.bind = binder(native.sampler_update, prepare)  # type: ignore[attr-defined]  # and dispatch.bound

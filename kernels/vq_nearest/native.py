@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.kernels.extension import Prepared, require_native, view
+from idm_fast.kernels.extension import Prepared, binder, require_native, view
 
 native = require_native()
 
@@ -16,3 +16,6 @@ def prepare(z: Tensor, codebook: Tensor, codes: Tensor, quantised: Tensor) -> Pr
 
 def vq_nearest(z: Tensor, codebook: Tensor, codes: Tensor, quantised: Tensor) -> None:
     native.vq_nearest(*prepare(z, codebook, codes, quantised).arguments)
+
+
+vq_nearest.bind = binder(native.vq_nearest, prepare)  # type: ignore[attr-defined]  # what dispatch.bound asks for
