@@ -18,6 +18,8 @@ from idm_fast.engine.nodes import Node, Value
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.kernels import dispatch
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.extension import native
+from idm_fast.kernels.program import bind_advance, bind_table_row
 from idm_fast.ops import OPS
 
 Call = Callable[[], object]
@@ -39,7 +41,8 @@ class Binder:
     def bind(self, node: Node) -> BoundNode:
         copy = _COPIES.get(type(node))
         if copy is not None:
-            return BoundNode(replace(node, backend="torch"), copy(node, self._buffers))
+            name, call = copy(node, self._buffers)
+            return BoundNode(replace(node, backend=name), call)
         name, run, arguments = self._chosen(node)
         return BoundNode(replace(node, backend=name), dispatch.bound(run, *arguments))
 
@@ -118,47 +121,48 @@ def _update(node: nodes.Update, b: Buffers, _: PackedWeights) -> tuple[torch.dty
     return answer.dtype, (x, answer, history, b.coefficients, b.step, b.seeds, entry, None, node.unshuffle, base)
 
 
+def _resample(node: nodes.Resample, b: Buffers, _: PackedWeights) -> tuple[torch.dtype, Arguments]:
+    x = b.tensors[node.x]
+    return x.dtype, (x, node.up, b.tensors[node.out])
+
+
 _ARGUMENTS: dict[type[Node], Any] = {
     nodes.Coefficients: _coefficients,
     nodes.Conv: _conv,
     nodes.Norm: _norm,
     nodes.Attend: _attend,
+    nodes.Resample: _resample,
     nodes.Update: _update,
 }
 
 
-def _time_row(_: Any, b: Buffers) -> Call:
-    return partial(torch.index_select, b.rows, 0, b.step, out=b.row)
+# What no operation does: moves, and counting. (name of who does it, call)
 
 
-def _advance(_: Any, b: Buffers) -> Call:
-    return partial(b.step.add_, 1)
+def _time_row(_: Any, b: Buffers) -> tuple[str, Call]:
+    if _native(b):
+        return "cpu", bind_table_row(b.rows, b.step, b.row)
+    return "torch", partial(torch.index_select, b.rows, 0, b.step, out=b.row)
 
 
-def _pool(node: nodes.Pool, b: Buffers) -> Call:
-    return partial(torch.ops.aten.avg_pool2d.out, b.tensors[node.x], [2, 2], out=b.tensors[node.out])
+def _advance(_: Any, b: Buffers) -> tuple[str, Call]:
+    return ("cpu", bind_advance(b.step)) if _native(b) else ("torch", partial(b.step.add_, 1))
 
 
-def _nearest(node: nodes.Nearest, b: Buffers) -> Call:
-    x = b.tensors[node.x]
-    n, c, h, w = x.shape
-    cells = b.tensors[node.out].permute(0, 2, 3, 1).view(n, h, 2, w, 2, c)
-    return partial(cells.copy_, x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c))
+def _native(b: Buffers) -> bool:
+    return b.step.device.type == "cpu" and native is not None
 
 
-def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> Call:
+def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> tuple[str, Call]:
     x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
     n, c, h, w = x.shape
     # [N, h, f, w, f, C] -> channels (C, f, f): pixel_unshuffle's order.
     cells = x.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
-    return partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
+    return "torch", partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
 
 
-# What no operation does: moves, mostly once a walk.
 _COPIES: dict[type[Node], Any] = {
     nodes.TimeRow: _time_row,
     nodes.Advance: _advance,
-    nodes.Pool: _pool,
-    nodes.Nearest: _nearest,
     nodes.Unshuffle: _unshuffle,
 }

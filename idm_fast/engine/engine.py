@@ -18,7 +18,7 @@ from idm_fast.engine.lower import Shape, lower
 from idm_fast.engine.memory import OutOfMemory
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import Plan
-from idm_fast.engine.precision import chosen_dtype
+from idm_fast.engine.precision import chosen_device, chosen_dtype
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.errors import IdmFastError
@@ -82,7 +82,7 @@ class Engine:
         ends of which none can run some call; ``OutOfMemory`` with the need and what there is.
         """
         options = options or EngineOptions()
-        place = torch.device(device)
+        place = chosen_device(device)
         kind, quantised = chosen_dtype(dtype, place)
         _check(model, shape)
         weights = options.weights or PackedWeights(model, kind, place)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine.autotune import Autotuner
-from idm_fast.engine.bind import Binder, BoundNode
+from idm_fast.engine.bind import Binder
 from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
 from idm_fast.engine.memory import require
 from idm_fast.engine.nodes import Conv
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
+from idm_fast.kernels.program import joined
 
 
 class Plan:
@@ -38,6 +39,8 @@ class Plan:
         self.buffers.stats, self.stats_nbytes = statistics(nodes, counts, weights.device)
         self.setup_calls = [binder.bind(node) for node in lowered.setup]
         self.step_calls = [binder.bind(node) for node in lowered.step]
+        # Neighbours that are native calls run as one program, without Python in between.
+        self._setup, self._step = (joined([bound.call for bound in c]) for c in (self.setup_calls, self.step_calls))
 
     @property
     def x(self) -> Tensor:
@@ -52,12 +55,9 @@ class Plan:
         return None if self.lowered.cond is None else self.buffers.tensors[self.lowered.cond]
 
     def setup(self) -> None:
-        _run(self.setup_calls)
+        for call in self._setup:
+            call()
 
     def step(self) -> None:
-        _run(self.step_calls)
-
-
-def _run(calls: list[BoundNode]) -> None:
-    for bound in calls:
-        bound.call()
+        for call in self._step:
+            call()
