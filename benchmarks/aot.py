@@ -257,9 +257,11 @@ def main() -> int:
         tools["triton"] = triton.__version__
         for file in sorted((ROOT / "kernels").glob("*/triton_kernel.py")):
             op = file.parent.name
-            for index in range(len(variants(op)) if wanted is None or op in wanted else 0):
+            for index, variant in enumerate(variants(op) if wanted is None or op in wanted else []):
                 jobs += [
-                    (op, "triton", functools.partial(compile_triton, op, index, a, args.changed)) for a in TRITON_ARCHS
+                    (op, "triton", functools.partial(compile_triton, op, index, a, args.changed))
+                    for a in TRITON_ARCHS
+                    if int(a.removeprefix("sm_")) >= variant.least
                 ]
     nvcc = find_nvcc()
     if nvcc is None:

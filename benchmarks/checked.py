@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timing import Candidate
 
+from idm_fast.bench.timing import Candidate
 from idm_fast.kernels.case import Case, Inputs, verdict
 from idm_fast.ops import BACKENDS, OPS, BackendError, suite, use_backend
 

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from checked import JUDGES, layers, timeable
-from roofline import Ceilings, measure
-from timing import interleaved
 
-from idm_fast.evaluation.report import environment
+from idm_fast.bench.machine import machine
+from idm_fast.bench.roofline import Ceilings, measure
+from idm_fast.bench.timing import interleaved
 from idm_fast.files import atomic
-from idm_fast.kernels import extension
 from idm_fast.kernels.case import Case
 from idm_fast.ops import BACKENDS, OPS
 
@@ -88,22 +85,6 @@ def as_text(row: dict[str, Any]) -> str:
     )
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Device, versions, commit, and what else decides a time."""
-    found = environment(args.device)
-    for name in ("triton", "xformers"):
-        with suppress(ImportError):
-            found["versions"][name] = __import__(name).__version__
-    if args.device.startswith("cuda"):
-        found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        with suppress(OSError):
-            found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    found["cpu_isa"] = extension.native.cpu_isa() if extension.native else None
-    found["load_average"] = os.getloadavg()[0]
-    found["buffers"] = "warm" if args.warm else "rotating"
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     begin = time.perf_counter()
@@ -115,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     wrong: list[dict[str, str]] = []
     left_out: list[str] = []
-    about = {"machine": machine(args), "ceilings": ceilings.as_json()}
+    buffers = {"buffers": "warm" if args.warm else "rotating"}
+    about = {"machine": machine(args.device) | buffers, "ceilings": ceilings.as_json()}
 
     def report() -> str:
         return json.dumps({**about, "rows": rows, "wrong": wrong, "not_timed": left_out}, indent=2)

@@ -6,6 +6,7 @@
 #include "attention/attention.h"
 #include "common/bind.h"
 #include "common/cpu_isa.h"
+#include "common/huge_pages.h"
 #include "common/program.h"
 #include "common/step.h"
 #include "common/threads.h"
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = "";
 #endif
 
+  m.def("huge_pages", &idm::huge_pages, "Asks for large pages under (address, bytes).");
   m.def("cpu_isa", &idm::cpu_isa_name, "Instruction set of the CPU kernels in use.");
   m.def("cpu_isas", &idm::cpu_isa_names, "Instruction sets that this machine runs, best first.");
   m.def("set_cpu_isa", &idm::set_cpu_isa, "Forces one of cpu_isas(); '' is the best. For tests and benchmarks.");

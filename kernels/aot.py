@@ -23,6 +23,7 @@ class Variant:
     constants: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # num_warps, num_stages, enable_fp_fusion
     label: str = ""  # instead of the types, constants and options, where they are many
+    least: int = 80  # compute capability, as sm_80 has it in its name
 
     @property
     def name(self) -> str:

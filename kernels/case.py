@@ -53,6 +53,8 @@ def verdict(out: Outputs, exact: Outputs, plain: Outputs, ulps: float = 0.0) -> 
     eps that dtype's, times the largest value. ``ulps`` more of those are allowed on top.
     """
     for key, expected in exact.items():
+        if out[key].shape != expected.shape:
+            return f"{key}: shape {list(out[key].shape)}, not {list(expected.shape)}"
         value, reference = out[key].double(), expected.double()
         if not value.isfinite().all():
             return f"{key}: an element is not finite, or was never written"

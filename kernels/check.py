@@ -34,6 +34,11 @@ def dtype_in(op: str, argument: str, tensor: Tensor, allowed: tuple[torch.dtype,
         fail(op, argument, "of dtype", " or ".join(map(_name, dict.fromkeys(allowed))), _name(tensor.dtype))
 
 
+def is_index(value: object) -> bool:
+    """Whether a number counts something: int and what stands for one (numpy's), not bool or float."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 def floating(op: str, argument: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         fail(op, argument, "of a float dtype", "float32, bfloat16 or float16", _name(tensor.dtype))

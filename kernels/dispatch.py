@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("triton", "cuda", "cpu", "xformers", "torch", "reference")
+MOST_PREPARED = 512  # kinds of calls that an operation remembers
 NOT_WRITTEN = "not written for this operation"
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -83,6 +84,7 @@ class Op:
         self.backends = {backend.name: backend for backend in backends}
         self._plans: dict[tuple[torch.device, torch.dtype, tuple[str, ...]], Plan] = {}
         self._last: tuple[torch.device, torch.dtype, tuple[str, ...], Plan] | None = None
+        self._prepared: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     def __repr__(self) -> str:
         return f"Op({self.name!r}, {list(self.backends)})"
@@ -113,6 +115,19 @@ class Op:
             if limits is None or limits(*args) is None:
                 return run
         raise BackendError(self._explain(device, dtype, forced, args))
+
+    def prepared(self, key: tuple[object, ...]) -> Callable[..., Any] | None:
+        """What ``remember`` was told of calls that look alike."""
+        return self._prepared.get(key)
+
+    def remember(self, key: tuple[object, ...], call: Callable[..., Any]) -> None:
+        """``call`` serves all calls with this key: they keep the contract, and who runs them is known.
+
+        For operations that take less time than their checks. The key must hold ``forced_backends()``.
+        """
+        if len(self._prepared) >= MOST_PREPARED:
+            self._prepared.clear()
+        self._prepared[key] = call
 
     def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype, *args: Any) -> str | None:
         """Why the named backend cannot run, or None. With ``args`` (those of ``run``) also its limits are asked."""
@@ -147,6 +162,7 @@ class Op:
 
     def _forget(self) -> None:
         self._plans.clear()
+        self._prepared.clear()
         self._last = None
 
     def _plan(self, device: torch.device, dtype: torch.dtype, forced: tuple[str, ...]) -> Plan:

@@ -100,6 +100,16 @@ def layout(tensor: Tensor) -> Layout:
     return require_native().Layout(view(tensor))
 
 
+KEPT_BYTES = 32 * 2**20  # glibc gives larger blocks back to the system when they are freed, and gets them anew
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A tensor that has just been made, with large pages under it where the C library keeps no such block (CPU)."""
+    if native is not None and tensor.device.type == "cpu" and tensor.nbytes >= KEPT_BYTES:
+        native.huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 def optional_view(tensor: Tensor | None) -> View | None:
     return None if tensor is None else view(tensor)
 

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from idm_fast.bench.roofline import Ceilings
+from idm_fast.bench.timing import LEAST, interleaved
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("timing", "roofline", "checked", "ops")
+MODULES = ("checked", "ops")
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 @pytest.fixture
 def quick(bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """Without the big copy and the big product."""
-    ceilings = bench["roofline"].Ceilings(1e10, {torch.float32: 1e11})
+    ceilings = Ceilings(1e10, {torch.float32: 1e11})
     monkeypatch.setattr(bench["ops"], "measure", lambda device, dtypes: ceilings)
     return bench
 
@@ -122,12 +125,12 @@ def test_results_that_are_tuples(bench: dict[str, ModuleType]) -> None:
     name, case = min(cases, key=lambda key: cases[key].bytes_moved(torch.float32))
     found = bench["checked"].timeable(name, cases[name, case], torch.float32, "cpu", ["torch"], warm=True)
     assert set(found.candidates) == {"torch", "eager"}
-    spreads = bench["timing"].interleaved(found.candidates, "cpu", 0.0)
-    assert spreads["torch"].calls == bench["timing"].LEAST
+    spreads = interleaved(found.candidates, "cpu", 0.0)
+    assert spreads["torch"].calls == LEAST
 
 
-def test_roof(bench: dict[str, ModuleType]) -> None:
-    ceilings = bench["roofline"].Ceilings(1e9, {torch.float32: 1e12})
+def test_roof() -> None:
+    ceilings = Ceilings(1e9, {torch.float32: 1e12})
     assert ceilings.seconds(0, 1000, torch.float32) == (1e-6, "memory")
     assert ceilings.seconds(10**9, 1000, torch.float32) == (1e-3, "compute")
 

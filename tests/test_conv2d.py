@@ -15,6 +15,7 @@ from idm_fast.kernels.conv2d.cases import AWKWARD, call, stats_error
 from idm_fast.ops import BackendError, ContractError, use_backend
 
 HERE = [name for name, row in OP.backends.items() if "cpu" in row.devices and name != "triton"]
+INTERPRETED = HERE + ["triton"] * (OP.why_not("triton", "cpu", torch.float32) is None)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -189,6 +190,49 @@ def test_more_positions_than_32_bits_are_left_to_torch() -> None:
     for name in ("triton", "cuda"):
         limits = OP.backends[name].limits
         assert limits is not None
-        assert limits(x, image(4, 4, 3, 3), None, 1, False) == "takes up to 2147483647 positions a sample"
-        assert limits(x[..., :-1], image(4, 4, 3, 3), None, 1, False) is None
-        assert limits(x[..., :-1], phase_weights(image(4, 4, 3, 3)), None, 1, True) is not None
+        assert limits(x, image(4, 4, 3, 3), None, 1, False) == "takes up to 2147479552 positions a sample"
+        assert limits(x[:, :, :-1], image(4, 4, 3, 3), None, 1, False) is None
+        assert limits(x[:, :, :-1], phase_weights(image(4, 4, 3, 3)), None, 1, True) is not None
+        # A tile of 128 positions at the end of 2^31 - 1 would count on at -2^31, which is "inside".
+        edge = torch.empty(1, 4, 1, 2**31 - 1, device="meta").to(memory_format=torch.channels_last)
+        assert limits(edge, image(4, 4, 3, 3), None, 1, False) is not None
+
+
+def test_torch_in_float64_keeps_float64() -> None:
+    """One sample: the time shift becomes a part of the bias, which must not pass through float32."""
+    x, weight = image(1, 4, 5, 5).double(), image(6, 4, 3, 3).double()
+    generator = torch.Generator().manual_seed(1)
+    bias, shift = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((6,), (1, 6)))
+    found = {}
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            found[backend] = conv2d(x, weight, bias, time_shift=shift)
+    torch.testing.assert_close(found["torch"], found["reference"], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", INTERPRETED)
+def test_a_nan_stays_where_its_window_reaches(backend: str) -> None:
+    """One position and channel of one sample, a border is 0, not NaN times 0."""
+    x, weight = image(2, 5, 7, 9), image(4, 5, 3, 3, seed=1)
+    x[1, 2, 0, 4] = float("nan")
+    coefficients = torch.tensor([0.1, 1.2, 0.3])[None, :, None].repeat(2, 1, 5)
+    with use_backend(backend):
+        out, stats = conv2d(x, weight, coefficients=coefficients, silu=True, with_stats=True)
+    reached = torch.zeros(2, 4, 7, 9, dtype=torch.bool)
+    reached[1, :, :2, 3:6] = True
+    assert torch.equal(out.isnan(), reached)
+    assert torch.equal(stats.partials[:, :, 0].isnan().any(1).any(1), torch.tensor([False, True]))
+
+
+@pytest.mark.parametrize("backend", INTERPRETED)
+def test_rows_further_apart_than_32_bits(backend: str) -> None:
+    """The time shift of a sample may begin more than 2^31 elements after that of the one before."""
+    try:
+        memory = torch.empty(2**31 + 2**10, dtype=torch.bfloat16)  # almost none of it is ever touched
+    except RuntimeError:
+        pytest.skip("needs 4 GiB of address space")
+    shift = memory.as_strided((2, 6), (2**31 + 64, 1))
+    shift.copy_(torch.arange(12).view(2, 6))
+    with use_backend(backend):
+        out = conv2d(image(2, 3, 2, 2).bfloat16() * 0, image(6, 3, 1, 1).bfloat16(), time_shift=shift)
+    assert torch.equal(out[:, :, 0, 0].float(), torch.arange(12.0).view(2, 6))

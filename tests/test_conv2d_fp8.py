@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from idm_fast.kernels.conv2d_fp8 import activation_scale, conv2d_fp8, quantise_weight
+from idm_fast.kernels.conv2d_fp8 import OP, activation_scale, conv2d_fp8, quantise_weight
 from idm_fast.kernels.conv2d_fp8.quantise import LARGEST, to_e4m3
 from idm_fast.kernels.conv2d_fp8.torch_backend import _pointwise
-from idm_fast.ops import ContractError, conv2d, phase_weights
+from idm_fast.ops import ContractError, conv2d, phase_weights, use_backend
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -98,3 +98,27 @@ def test_quality_cost() -> None:
         found[sigmas] = 10 * torch.log10(exact.square().mean() / (y - exact).square().mean()).item()
     assert min(found.values()) > 27.0, found
     assert max(found.values()) - min(found.values()) < 2.0, found
+
+
+@pytest.mark.parametrize("backend", [name for name in OP.backends if OP.why_not(name, "cpu", torch.float32) is None])
+def test_every_backend_rounds_to_nearest(backend: str) -> None:
+    """An identity of 1x1 shows each quantised value: all e4m3 numbers, what lies between them, and beyond."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    values = torch.cat([numbers, middles, middles * 1.001, middles * 0.999, torch.tensor([460.0, -1e30, 3e38])])
+    x = values[None, None, None].contiguous(memory_format=torch.channels_last)
+    with use_backend(backend):
+        found = conv2d_fp8(x, torch.ones(1, 1, 1, 1).to(torch.float8_e4m3fn), torch.ones(1), torch.ones(1, 1))
+    assert torch.equal(found.flatten(), to_e4m3(values).float())
+
+
+def test_a_nan_stays_a_nan() -> None:
+    x = image(1, 4, 5, 5)
+    x[0, 1, 2, 2] = float("nan")
+    weight, scale = quantise_weight(image(3, 4, 3, 3, seed=1))
+    for backend in OP.backends:
+        if OP.why_not(backend, "cpu", torch.float32) is None:
+            with use_backend(backend):
+                out = conv2d_fp8(x, weight, scale, torch.full((1, 1), 0.02))
+            assert out.isnan().sum() == 27, backend

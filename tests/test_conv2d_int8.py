@@ -176,3 +176,18 @@ def test_backends_agree_where_nothing_is_rounded() -> None:
                 results.append(conv2d_int8(x, weight, torch.full((11,), 0.25), torch.tensor([[0.5, 97.0]])))
     assert len(results) >= 2
     assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_a_nan_reaches_no_further_than_its_window() -> None:
+    """Integers have no NaN, and the backends may differ in what they make of one; everything else is as without it."""
+    x = image(2, 4, 6, 5)
+    weight, scale = quantise_weight(image(3, 4, 3, 3, seed=1))
+    activation = torch.tensor([[0.02, 128.0]])
+    spoilt = x.clone(memory_format=torch.preserve_format)
+    spoilt[1, 2, 3, 2] = float("nan")
+    for backend in OP.backends:
+        if OP.why_not(backend, "cpu", torch.float32) is None:
+            with use_backend(backend):
+                clean, out = (conv2d_int8(v, weight, scale, activation) for v in (x, spoilt))
+            out[1, :, 2:5, 1:4] = clean[1, :, 2:5, 1:4]
+            assert torch.equal(out, clean), backend

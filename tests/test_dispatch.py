@@ -324,3 +324,27 @@ def test_sampler_keeps_a_nan_of_the_network() -> None:
             continue
         assert x.isnan().sum() == 1, backend
         assert history.isnan().sum() == 1, backend
+
+
+def test_a_substituted_row_serves_calls_that_were_seen_before() -> None:
+    from dataclasses import replace
+
+    x = torch.randn(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    op = OPS["group_norm_silu"]
+
+    def zeros(*arguments: Any) -> None:
+        arguments[-1].zero_()
+
+    with use_backend("torch"):
+        seen = group_norm_silu(x, 2)
+        row = replace(op.backends["torch"], function=f"{__name__}:fast")
+        from idm_fast.kernels import dispatch
+
+        dispatch._load.cache_clear()
+        import sys
+
+        sys.modules[__name__].fast = zeros  # type: ignore[attr-defined]
+        with op.substituted(row):
+            assert not group_norm_silu(x, 2).any()
+        assert torch.equal(group_norm_silu(x, 2), seen)
+    dispatch._load.cache_clear()

@@ -88,6 +88,12 @@ def test_orientation_is_applied_and_reset(tmp_path: Path, orientation: int) -> N
             assert written.getexif()[0x010F] == "Maker"
 
 
+def test_a_folder_is_no_picture_and_said_once(tmp_path: Path) -> None:
+    with pytest.raises(IdmFastError) as caught:
+        read_image(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: expected a picture file, got a directory"
+
+
 @pytest.mark.parametrize("endian", ["<", ">"])
 @pytest.mark.parametrize("extension", ["png", "tif"])
 @pytest.mark.parametrize("channels", [0, 2, 3, 4], ids=["grey", "grey+alpha", "rgb", "rgba"])

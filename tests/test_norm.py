@@ -11,6 +11,7 @@ from torch import Tensor
 from idm_fast.kernels import extension
 from idm_fast.kernels.channel_stats import combine, empty_stats, piece_rows, pieces
 from idm_fast.ops import (
+    OPS,
     BackendError,
     ChannelStats,
     ContractError,
@@ -117,6 +118,60 @@ def changed(stats: ChannelStats, **fields: Tensor) -> ChannelStats:
 def test_refusals(call: Any, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         call()
+
+
+def test_outputs_must_lie_apart_from_small_inputs() -> None:
+    room = torch.zeros(400)
+    out, small = room[:256].view(2, 4, 4, 8).permute(0, 3, 1, 2), room[200:208]
+    with pytest.raises(ContractError, match="out must be apart from weight = no overlap"):
+        group_norm_silu(X, 2, small, out=out)
+    with pytest.raises(ContractError, match="out must be apart from shift = no overlap"):
+        group_norm_silu(X, 2, scale=torch.ones(2, 8), shift=room[240:256].view(2, 8), out=out)
+    inside = changed(STATS, partials=room[224:256].view(2, 1, 2, 8))
+    with pytest.raises(ContractError, match=r"out must be apart from stats\.partials = no overlap"):
+        group_norm_silu(X, 2, stats=inside, out=out)
+
+
+def test_groups_are_counted_in_whole_numbers() -> None:
+    for groups in (2.0, True):
+        with pytest.raises(ContractError, match="num_groups must be a divisor of C = divisor of 8, got"):
+            group_norm_silu(X, groups)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["group_norm_silu", "channel_stats", "philox_normal"])
+def test_triton_refuses_more_samples_than_a_grid_has(name: str) -> None:
+    many = torch.zeros(65536, 1, 1, 1)
+    arguments = {
+        "group_norm_silu": (many, 1, None, None, 1e-5, None, None, True, None, None, None, many),
+        "channel_stats": (many, None),
+        "philox_normal": (torch.zeros(65536, dtype=torch.int64), (65536, 1, 1, 1), 0),
+    }[name]
+    limits = OPS[name].backends["triton"].limits
+    assert limits is not None
+    assert limits(*arguments) == "takes at most 65535 samples, not 65536"
+
+
+@pytest.mark.skipif(extension.native is None, reason=str(extension.missing))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_results_go_past_the_caches_and_are_the_same(dtype: torch.dtype) -> None:
+    """From 8 MiB on other stores are used; the same rows in small parts must have the same bits."""
+    native = extension.native
+    assert native is not None
+    x, skip = image(1, 64, 256, 256).to(dtype), image(1, 32, 256, 256).to(dtype)
+    stats, skip_stats = channel_stats(x), channel_stats(skip)
+    quarter = torch.tensor([1.0, 0.25])[:, None]  # of the sums of squares: exactly a part's with the same variance
+    parts_stats = [ChannelStats(s.partials * quarter, s.counts / 4) for s in (stats, skip_stats)]
+    try:
+        for isa in native.cpu_isas():
+            native.set_cpu_isa(isa)
+            with use_backend("cpu"):
+                whole = group_norm_silu(x, 8, skip=skip, stats=stats, skip_stats=skip_stats)
+                for first in range(0, 256, 64):
+                    a, b = (t[:, :, first : first + 64] for t in (x, skip))
+                    part = group_norm_silu(a, 8, skip=b, stats=parts_stats[0], skip_stats=parts_stats[1])
+                    assert torch.equal(whole[:, :, first : first + 64], part), isa
+    finally:
+        native.set_cpu_isa("")
 
 
 def test_outputs_must_lie_apart() -> None:

@@ -107,6 +107,45 @@ def test_threshold_of_values_that_are_not_finite(backend: str) -> None:
     assert found[3].isnan()
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_is_written_lies_apart_from_what_is_read(twice: bool) -> None:
+    """Also from the small tensors, and also where a call of this kind has been seen."""
+    room = torch.zeros(96)
+    x, table = room[:16].view(1, 1, 4, 4), room[32:40].view(1, 8)
+    output, history, seeds = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), SEEDS[:1]
+    if twice:
+        sampler_update(x, output, history, table, 0, seeds)
+    with pytest.raises(ContractError, match="sampler_update: x must be apart from table = no overlap"):
+        sampler_update(x, output, history, room[8:16].view(1, 8), 0, seeds)
+    if twice:
+        sampler_update(x, output, history, table, 0, seeds, threshold=room[60:61])
+    with pytest.raises(ContractError, match="sampler_update: x must be apart from threshold = no overlap"):
+        sampler_update(x, output, history, table, 0, seeds, threshold=room[3:4])
+
+
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_steps_are_whole_numbers(step: float) -> None:
+    x = image(2, 3, 4, 4)
+    for _ in range(2):
+        with pytest.raises(ContractError, match="sampler_update: step must be a row of table"):
+            sampler_update(x, x + 0, x + 0, ROWS, step, SEEDS)  # type: ignore[arg-type]
+        with pytest.raises(ContractError, match="dynamic_threshold: step must be a row of table"):
+            dynamic_threshold(x, x + 0, ROWS, step, 0.5)  # type: ignore[arg-type]
+        sampler_update(x, x + 0, x + 0, ROWS, 1, SEEDS)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("elements", [64, 100, 20_000])
+def test_history_is_written_whether_it_lies_on_lines_or_not(offset: int, elements: int) -> None:
+    """Where it is not read it goes past the caches, if its lines allow."""
+    room = torch.full((elements + 2,), math.nan)
+    history = room[offset : offset + elements].view(1, 1, 1, elements)
+    output = torch.randn(1, 1, 1, elements)
+    sampler_update(torch.zeros_like(output), output, history, ROWS[2:], 0, SEEDS[:1])
+    assert torch.equal(history, output.clamp(-1, 1))
+    assert room.isnan().sum() == 2
+
+
 def test_many_equal_values() -> None:
     """More than 255 elements a thread of the CUDA kernel, and all order statistics the same."""
     x = torch.full((1, 3, 130, 120), -2.5).contiguous(memory_format=torch.channels_last)
@@ -148,8 +187,8 @@ def test_native_checks_for_itself() -> None:
     native, view = extension.native, extension.view
     if native is None:
         pytest.skip(str(extension.missing))
-    x, row = X + 0, ROWS
-    good = (view(x), view(X + 0), view(X + 0), view(row))
+    x, output, history, row = X + 0, X + 0, X + 0, ROWS  # kept: a view does not keep its memory
+    good = (view(x), view(output), view(history), view(row))
     with pytest.raises(ValueError, match="sampler_update: step must be a row of table"):
         native.sampler_update(*good, 3, None, view(SEEDS), None, None, None, 1, 1)
     with pytest.raises(ValueError, match="sampler_update: unshuffle must divide"):

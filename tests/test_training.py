@@ -144,7 +144,7 @@ def test_a_time_budget_stops_and_the_same_command_goes_on(
         assert _state(settings)["step"] == step
         assert native.load(settings.out / "model.safetensors").notes["steps"] == step
     said = capsys.readouterr().err.splitlines()  # and nothing else: the bar is for terminals
-    assert said[2:] == [f"{settings.out}: step 3 of 6, wrote model.safetensors; the same command goes on"]
+    assert said[3:] == [f"{settings.out}: step 3 of 6, wrote model.safetensors; the same command goes on"]
     Trainer(settings).run(budget_minutes=10)
     _assert_same_run(settings, whole)
     assert [int(row["step"]) for row in _rows(settings)] == [1, 2, 3, 6]

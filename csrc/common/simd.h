@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -193,6 +193,36 @@ inline void store_pair(bf16* p, vf even, vf odd) {
   std::memcpy(p, &words, sizeof words);
 }
 #endif
+
+// Stores past the caches, for what is too large to stay there or is not read soon; lines of 64 bytes are written whole, one
+// after the other. Whoever streams ends with stream_done(), or another thread may read what was there before.
+inline void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, bits<__m512>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, bits<__m256>(v));
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, bits<__m128>(v));
+#else
+  store(p, v);
+#endif
+}
+
+template <class T>
+inline void stream_pair(T* p, vf a, vf b) {
+  constexpr int kWords = 2 * kWidth * sizeof(T) / sizeof(vf);
+  T lanes[2 * kWidth];
+  vf words[kWords];
+  store_pair(lanes, a, b);
+  std::memcpy(words, lanes, sizeof words);
+  for (int i = 0; i < kWords; ++i) stream(reinterpret_cast<float*>(p) + i * kWidth, words[i]);
+}
+
+inline void stream_done() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 }  // namespace IDM_ISA
 }  // namespace idm

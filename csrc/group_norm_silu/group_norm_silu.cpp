@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 32 * 1024;
 constexpr int64_t kMaxBlocks = 32;
+// Results from this size on bypass the caches: they would not be there any more when they are read, and to write a line
+// the usual way is to read it first. From half of it on the two ways are equal, the reading of the result included.
+constexpr int64_t kStreamBytes = 8 * 1024 * 1024;
 constexpr int64_t kLeastRows = 128;  // of a block: the statistics of each cost some rows of time by themselves
 
 const GroupNormKernels& kernels() {
@@ -62,7 +65,7 @@ struct Work {
   int64_t channels, groups, element;
   DType dtype;
   double eps;
-  bool silu, measured = true;  // statistics of every part are given
+  bool silu, stream, measured = true;  // statistics of every part are given
 
   int64_t stats_size() const { return cut.blocks * 2 * channels; }
   int64_t scratch_size() const { return 2 * channels + cut.blocks; }
@@ -100,7 +103,7 @@ struct Work {
     const int64_t row = n * cut.rows + block * cut.block_rows;
     for (const Part& part : parts)
       kernel(part.data + row * part.channels * element, out + (row * channels + part.first) * element,
-             cut.rows_of(block), part.channels, channels, table + part.first, channels, silu);
+             cut.rows_of(block), part.channels, channels, table + part.first, channels, silu, stream);
   }
 };
 
@@ -116,7 +119,7 @@ void group_norm_silu(const TensorView& x, const TensorView& out, const TensorVie
   const int64_t N = x.shape[0], C = out.shape[1], element = element_size(x.dtype);
 
   Work work{{{x.data, x.shape[1], 0, partials, counts}}, Cut(x.shape[2] * x.shape[3], C * element), affine, out.data, C,
-            groups, element, x.dtype, eps, silu};
+            groups, element, x.dtype, eps, silu, out.data != x.data && out.numel() * element >= kStreamBytes};
   if (skip) work.parts.push_back({skip.data, skip.shape[1], x.shape[1], skip_partials, skip_counts});
   for (const Part& part : work.parts) work.measured = work.measured && part.partials;
   const int64_t blocks = work.cut.blocks, stats_size = work.stats_size(), scratch_size = work.scratch_size();

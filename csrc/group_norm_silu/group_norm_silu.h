@@ -32,9 +32,9 @@ struct GroupNormKernels {
   // Turns rows (centre, gain, offset), row_stride apart, into the form that apply takes.
   void (*arrange[kFloatTypes])(float* table, int64_t channels, int64_t row_stride, bool silu);
   // out = silu((x - centre) * gain + offset) for `rows` rows of `channels`; rows of out are out_stride elements apart,
-  // rows of the arranged table are row_stride apart.
+  // rows of the arranged table are row_stride apart. `stream`: x comes from memory and out goes there, past the caches.
   void (*apply[kFloatTypes])(const char* x, char* out, int64_t rows, int64_t channels, int64_t out_stride,
-                             const float* table, int64_t row_stride, bool silu);
+                             const float* table, int64_t row_stride, bool silu, bool stream);
 };
 
 namespace baseline {

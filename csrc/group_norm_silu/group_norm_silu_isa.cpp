@@ -15,6 +15,8 @@ constexpr int kTogether = 4;  // 8 of 32 registers
 constexpr int kTogether = 1;
 #endif
 
+constexpr int64_t kAhead = 16 * 1024;  // bytes; as for the statistics, the hardware's own prefetch is not enough
+
 struct Coefficients {
   vf centre, gain, offset;
 };
@@ -50,18 +52,25 @@ inline void finish(vf* v, const Coefficients& even, const Coefficients& odd) {
     for (int k = 0; k < K; ++k) v[k] = silu<false>(v[k]);
 }
 
-template <class T, bool kSilu, int kCount>
+template <class T, bool kSilu, bool kStream, int kCount>
 inline void step(const T* x, T* out, int64_t channels, int64_t out_stride, const Coefficients& a,
                  const Coefficients& b) {
   vf v[2 * kCount];
 #pragma GCC unroll 4
   for (int k = 0; k < kCount; ++k) load_pair(x + k * channels, v + 2 * k, v + 2 * k + 1);
+  if constexpr (kStream)
+    for (int k = 0; k < kCount; ++k) __builtin_prefetch(reinterpret_cast<const char*>(x + k * channels) + kAhead);
   finish<T, kSilu, 2 * kCount>(v, a, b);
 #pragma GCC unroll 4
-  for (int k = 0; k < kCount; ++k) store_pair(out + k * out_stride, v[2 * k], v[2 * k + 1]);
+  for (int k = 0; k < kCount; ++k) {
+    if constexpr (kStream)
+      stream_pair(out + k * out_stride, v[2 * k], v[2 * k + 1]);
+    else
+      store_pair(out + k * out_stride, v[2 * k], v[2 * k + 1]);
+  }
 }
 
-template <class T, bool kSilu>
+template <class T, bool kSilu, bool kStream>
 void apply_rows(const T* x, T* out, int64_t rows, int64_t channels, int64_t out_stride, const float* table,
                 int64_t row_stride) {
   const float *centre = table, *gain = table + row_stride, *offset = gain + row_stride;
@@ -72,10 +81,10 @@ void apply_rows(const T* x, T* out, int64_t rows, int64_t channels, int64_t out_
       const Coefficients a{load(centre + c), load(gain + c), load(offset + c)};
       const Coefficients b{load(centre + c + kWidth), load(gain + c + kWidth), load(offset + c + kWidth)};
       if (n == kTogether)
-        step<T, kSilu, kTogether>(x + c, out + c, channels, out_stride, a, b);
+        step<T, kSilu, kStream, kTogether>(x + c, out + c, channels, out_stride, a, b);
       else
         for (int64_t r = 0; r < n; ++r)
-          step<T, kSilu, 1>(x + c + r * channels, out + c + r * out_stride, channels, out_stride, a, b);
+          step<T, kSilu, kStream, 1>(x + c + r * channels, out + c + r * out_stride, channels, out_stride, a, b);
     }
     for (; c < channels; c += kWidth) {
       const int count = channels - c < kWidth ? static_cast<int>(channels - c) : kWidth;
@@ -95,15 +104,24 @@ void apply_rows(const T* x, T* out, int64_t rows, int64_t channels, int64_t out_
   }
 }
 
+template <class T, bool kSilu>
+void apply_as(const T* x, T* out, int64_t rows, int64_t channels, int64_t out_stride, const float* coefficients,
+              int64_t row_stride, bool stream) {
+  const bool lines = (reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(out_stride) * sizeof(T)) % 64 == 0;
+  if (!stream || !lines) return apply_rows<T, kSilu, false>(x, out, rows, channels, out_stride, coefficients, row_stride);
+  apply_rows<T, kSilu, true>(x, out, rows, channels, out_stride, coefficients, row_stride);
+  stream_done();
+}
+
 template <class T>
 void apply(const char* x, char* out, int64_t rows, int64_t channels, int64_t out_stride, const float* coefficients,
-           int64_t row_stride, bool silu) {
+           int64_t row_stride, bool silu, bool stream) {
   const T* source = reinterpret_cast<const T*>(x);
   T* target = reinterpret_cast<T*>(out);
   if (silu)
-    apply_rows<T, true>(source, target, rows, channels, out_stride, coefficients, row_stride);
+    apply_as<T, true>(source, target, rows, channels, out_stride, coefficients, row_stride, stream);
   else
-    apply_rows<T, false>(source, target, rows, channels, out_stride, coefficients, row_stride);
+    apply_as<T, false>(source, target, rows, channels, out_stride, coefficients, row_stride, stream);
 }
 
 }  // namespace

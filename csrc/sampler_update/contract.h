@@ -69,10 +69,11 @@ inline SamplerLayout check_sampler_update(const TensorView& x, const TensorView&
     pitch = position_stride(t);
     require(pitch > 0, kOp, "network_input must have dense channels and evenly spaced positions");
   }
-  require(apart(x, history) && apart(x, model_output) && apart(history, model_output) && apart(network_input, x) &&
-              apart(network_input, history) && apart(network_input, model_output) && apart(base, x) && apart(base, history) &&
-              apart(base, network_input),
-          kOp, "x, history, network_input and what is read must not overlap");
+  require(apart(x, history) && apart(x, network_input) && apart(history, network_input), kOp,
+          "x, history and network_input must not overlap");
+  for (const TensorView* written : {&x, &history, &network_input})
+    for (const TensorView* read : {&model_output, &table, &seeds, &threshold, &base})
+      require(apart(*written, *read), kOp, "what is written must not overlap with what is read");
   return {pitch, !plain};
 }
 

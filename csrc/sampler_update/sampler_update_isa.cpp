@@ -22,7 +22,7 @@ inline void store_input(None*, vf) {}
 
 // One turn: kStride elements at x, model_output, base (or null), history, input; `counter` is the number of the first
 // element / 4.
-template <class M, class I>
+template <class M, class I, bool kStream>
 inline void turn(const SamplerRow& row, const SamplerSpan& span, uint64_t counter, float* x, const M* model_output,
                  const float* base, float* history, I* input) {
   vf noise[4];
@@ -42,7 +42,10 @@ inline void turn(const SamplerRow& row, const SamplerSpan& span, uint64_t counte
     if (row.c != 0.0f) next += load(history + at) * row.c;
     if (row.s != 0.0f) next += noise[i] * row.s;
     store(x + at, next);
-    store(history + at, x0);
+    if constexpr (kStream)
+      stream(history + at, x0);
+    else
+      store(history + at, x0);
     store_input(input + at, next);
   }
 }
@@ -80,8 +83,9 @@ inline void gather(const SamplerSpan& span, int64_t e, M* values, int64_t count)
   });
 }
 
-template <class M, class I>
-void update(const SamplerRow& row, const SamplerSpan& span) {
+// kStream: the history is written past the caches.
+template <class M, class I, bool kStream>
+void update_as(const SamplerRow& row, const SamplerSpan& span) {
   const M* model_output = reinterpret_cast<const M*>(span.model_output);
   I* input = reinterpret_cast<I*>(span.network_input);
   I cast[kStride] = {};
@@ -92,15 +96,16 @@ void update(const SamplerRow& row, const SamplerSpan& span) {
     // The network has driven these out of the caches between two updates: ask for them early.
     for (int64_t ahead = kPrefetch; ahead < kPrefetch + kStride; ahead += 16) {
       __builtin_prefetch(span.x + e + ahead, 1);
-      __builtin_prefetch(span.history + e + ahead, 1);
+      if (!kStream) __builtin_prefetch(span.history + e + ahead, 1);
       if (span.base) __builtin_prefetch(span.base + e + ahead);
       if (ahead % (64 / sizeof(M)) == 0) __builtin_prefetch(model_output + e + ahead);
     }
     if (span.output.offsets) gather(span, e, gathered, kStride);
-    turn(row, span, static_cast<uint64_t>(e) / 4, span.x + e, span.output.offsets ? gathered : model_output + e,
-         span.base ? span.base + e : nullptr, span.history + e, target);
+    turn<M, I, kStream>(row, span, static_cast<uint64_t>(e) / 4, span.x + e,
+                        span.output.offsets ? gathered : model_output + e, span.base ? span.base + e : nullptr, span.history + e, target);
     if (span.input.offsets) scatter(span, e, cast, kStride);
   }
+  if (kStream) stream_done();
   if (e == span.end) return;
 
   const size_t left = static_cast<size_t>(span.end - e);
@@ -112,7 +117,7 @@ void update(const SamplerRow& row, const SamplerSpan& span) {
   else
     std::memcpy(gathered, model_output + e, left * sizeof(M));
   std::memcpy(history, span.history + e, left * sizeof(float));
-  turn(row, span, static_cast<uint64_t>(e) / 4, x, gathered, span.base ? base : nullptr, history, cast);
+  turn<M, I, false>(row, span, static_cast<uint64_t>(e) / 4, x, gathered, span.base ? base : nullptr, history, cast);
   std::memcpy(span.x + e, x, left * sizeof(float));
   std::memcpy(span.history + e, history, left * sizeof(float));
   if (span.input.offsets) {
@@ -120,6 +125,16 @@ void update(const SamplerRow& row, const SamplerSpan& span) {
   } else if (input) {
     std::memcpy(input + e, cast, left * sizeof(I));
   }
+}
+
+// A history that this step does not read, no later one may either, or only after the network has filled the caches. To
+// write it the usual way would be to read it first.
+template <class M, class I>
+void update(const SamplerRow& row, const SamplerSpan& span) {
+  if (row.c == 0.0f && reinterpret_cast<uintptr_t>(span.history) % 64 == 0)
+    update_as<M, I, true>(row, span);
+  else
+    update_as<M, I, false>(row, span);
 }
 
 void normal(const SamplerSpan& span) {

@@ -15,6 +15,8 @@ VERBS = {
     "restore": "restore the faces of photographs",
     "train": "train a model",
     "info": "say what a model file is",
+    "bench": "time steps a second, ours against others",
+    "profile": "take one step apart: time, bytes and FLOPs of every call",
     "ops": "list operations and back ends, with the reason where one cannot run",
 }
 _EXAMPLES = """examples:
@@ -22,6 +24,8 @@ _EXAMPLES = """examples:
   idm-fast restore album -o out --compare      a folder, with before/after pictures
   idm-fast train intrinsic --data faces --out runs/mine
   idm-fast info idm-face-128                   what a model file is
+  idm-fast bench --peers                       steps a second, against torch, OpenVINO and others
+  idm-fast profile                             where the time of a step goes
   idm-fast ops                                 which kernels run here, and why not the others
 Each verb has its own --help.
 """

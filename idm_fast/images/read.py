@@ -65,6 +65,8 @@ def _check_file(path: Path) -> None:
             raise IdmFastError(f"{path}: expected a picture file, got a device, socket or pipe")
         with path.open("rb") as file:
             head = file.read(1)
+    except IdmFastError:  # is a ValueError too
+        raise
     except FileNotFoundError:
         raise IdmFastError(f"{path}: expected a picture file, got no such file") from None
     except PermissionError:

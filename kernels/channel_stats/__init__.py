@@ -9,7 +9,7 @@ from torch import Tensor
 
 from idm_fast.kernels import check
 from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
-from idm_fast.kernels.interpreter import triton_condition
+from idm_fast.kernels.interpreter import second_axis, triton_condition
 
 NAME = "channel_stats"
 
@@ -128,6 +128,7 @@ OP = Op(
             frozenset({"cuda", "cpu"}),
             FLOATS,
             min_capability=(8, 0),
+            limits=second_axis,
             condition=triton_condition,
         ),
         Backend("cuda", f"{__name__}.cuda:channel_stats", frozenset({"cuda"}), FLOATS, min_capability=(8, 0)),

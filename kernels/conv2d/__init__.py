@@ -15,7 +15,7 @@ from idm_fast.kernels.conv2d.contract import (
     Shape,
     check_arguments,
     check_bound,
-    output_shape,
+    position_limit,
     stats_room,
 )
 from idm_fast.kernels.conv2d.packed_weight import PackedWeight as PackedWeight
@@ -131,12 +131,7 @@ def empty_nhwc(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
 
 
 def _gpu_limits(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, upsample: bool, *_: Any) -> str | None:
-    """Positions are counted in 32 bits inside a sample; offsets of elements, and of samples, in 64."""
-    shape = output_shape(x, weight, stride, upsample)
-    most = 2**31 - 1
-    return (
-        None if max(shape[2] * shape[3], x.shape[2] * x.shape[3]) <= most else f"takes up to {most} positions a sample"
-    )
+    return position_limit(x, weight, stride, upsample)
 
 
 HALVES = frozenset({torch.float16, torch.bfloat16})  # what tensor cores multiply without losing digits

@@ -201,6 +201,17 @@ def stats_room(op: str, out_stats: ChannelStats | None, shape: Shape, pieces: in
     return ChannelStats(partials, torch.empty((pieces,), dtype=work, device=x.device))
 
 
+MOST_POSITIONS = 2**31 - 2**12  # the last tile of 32-bit positions must not wrap around to negative ones
+
+
+def position_limit(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str | None:
+    """Why a GPU cannot count the positions, or None: inside a sample they have 32 bits, offsets of elements 64."""
+    _, _, ho, wo = output_shape(x, weight, stride, upsample)
+    if max(ho * wo, x.shape[2] * x.shape[3]) > MOST_POSITIONS:
+        return f"takes up to {MOST_POSITIONS} positions a sample"
+    return None
+
+
 def check_bound(op: str, x: Tensor, with_stats: bool, out: Tensor | None, out_stats: ChannelStats | None) -> None:
     """What a bound call asks beyond an ordinary one."""
     if x.shape[0] == 0:

@@ -64,12 +64,12 @@ TUNED: dict[Problem, Config] = {}
 def choose(problem: Problem, device: torch.device) -> Config:
     """The tuned configuration of a problem, or the largest tile that still gives every multiprocessor one."""
     found = TUNED.get(problem)
-    return _rule(problem, _multiprocessors(device)) if found is None else found
+    return _rule(problem, multiprocessors(device)) if found is None else found
 
 
 def candidates(problem: Problem, device: torch.device) -> list[Config]:
     """What is worth timing for a problem, the rule's choice first."""
-    units = _multiprocessors(device)
+    units = multiprocessors(device)
     found = [_rule(problem, units)]
     for config in _configs(problem):
         if config.n < 2 * problem.cout:
@@ -105,7 +105,7 @@ def _splits(config: Config, problem: Problem, programs: int) -> int:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

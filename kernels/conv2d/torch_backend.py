@@ -35,7 +35,8 @@ def conv2d(
         h = _prologue(h, coefficients, silu)
     added = None if bias is None else bias.to(x.dtype)
     if time_shift is not None and x.shape[0] == 1:  # one sample: the shift is a part of the bias
-        added = (time_shift[0] if bias is None else bias.float() + time_shift[0]).to(x.dtype)
+        work = torch.promote_types(x.dtype, torch.float32)
+        added = (time_shift[0] if bias is None else bias.to(work) + time_shift[0]).to(x.dtype)
         time_shift = None
     if upsample:
         y = _phases(h, weight, added, out)

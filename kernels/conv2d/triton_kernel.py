@@ -2,6 +2,10 @@
 
 The sum runs over the taps and channels of x, of the skip, and of the shortcut's two tensors, each from its own
 pointer: concatenations exist only in the order of the steps. Offsets into tensors are int64.
+
+The prologue runs once per tap, nine times a value. Staging the activated patch of a K block once, as the CUDA kernel
+does, needs shifted windows of shared memory, which Triton cannot express, and a scratch in global memory would be the
+very pass that the fusion removes. Which of the two forms wins is for a measurement on a device to say.
 """
 
 from __future__ import annotations

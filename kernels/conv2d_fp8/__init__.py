@@ -10,12 +10,13 @@ from torch import Tensor
 
 from idm_fast.kernels import check
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import Shape, check_bound, stats_room
+from idm_fast.kernels.conv2d.contract import Shape, check_bound, position_limit, stats_room
 from idm_fast.kernels.conv2d_fp8.quantise import NAME
 from idm_fast.kernels.conv2d_fp8.quantise import activation_scale as activation_scale
 from idm_fast.kernels.conv2d_fp8.quantise import quantise_weight as quantise_weight
 from idm_fast.kernels.conv2d_int8.contract import Arguments, check_arguments
-from idm_fast.kernels.dispatch import ANY_FLOAT, Backend, Op
+from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
+from idm_fast.kernels.interpreter import triton_condition
 
 
 # fmt: off
@@ -106,10 +107,25 @@ def _checked(
     return arguments, shape
 
 
+def _gpu_limits(
+    x: Tensor, weight: Tensor, _: Tensor, __: Tensor, ___: Any, stride: int, upsample: bool, *____: Any
+) -> str | None:
+    return position_limit(x, weight, stride, upsample)
+
+
 OP = Op(
     NAME,
     "conv2d with e4m3 products",
     [
+        Backend(
+            "triton",
+            f"{__name__}.triton_kernel:conv2d_fp8",
+            frozenset({"cuda", "cpu"}),
+            FLOATS,
+            min_capability=(8, 9),
+            limits=_gpu_limits,
+            condition=triton_condition,
+        ),
         Backend("torch", f"{__name__}.torch_backend:conv2d_fp8", frozenset({"cpu", "cuda"}), ANY_FLOAT),
         Backend("reference", f"{__name__}.reference:conv2d_fp8", frozenset({"cpu", "cuda"}), ANY_FLOAT),
     ],

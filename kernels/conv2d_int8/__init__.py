@@ -58,7 +58,8 @@ def conv2d_int8(
     ``conv2d`` with 8-bit products: the integer sums are exact, and all else is as there (which also explains the
     options). ``weight`` and ``weight_scale`` come from ``quantise_weight``, ``activation`` from ``activation_scale``;
     the zero point is a whole number in 0..255. ``a`` is not rounded to x's dtype; where a / step lies within 1/20 of
-    the middle between two integers, either may be taken. A 1x1 shortcut is a ``conv2d`` of its own, as ``residual``.
+    the middle between two integers, either may be taken. Integers have no NaN: one in ``x`` may come out as any number,
+    in the positions that its window reaches. A 1x1 shortcut is a ``conv2d`` of its own, as ``residual``.
 
     Raises ``ContractError`` for arguments outside the contract and ``BackendError`` where no backend can run.
     Source: Jacob et al., "Quantization and training of neural networks for integer-arithmetic-only inference", 2018.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from idm_fast.kernels.interpreter import triton_condition
 from idm_fast.kernels.sampler_update.contract import prediction_is
 
 NAME = "dynamic_threshold"
+MOST_ELEMENTS = 2**30  # of a sample that one Triton program counts in 32 bits
 
 
 def dynamic_threshold(
@@ -44,7 +47,8 @@ def dynamic_threshold(
         check.device_is(NAME, "out", out, x.device)
         if not out.is_contiguous():
             check.fail(NAME, "out", "contiguous", "stride 1", f"stride {out.stride(0)}")
-        check.all_apart(NAME, {"out": out}, {"x": x, "model_output": model_output, "table": table})
+        read = {"x": x, "model_output": model_output, "table": table}
+        check.all_apart(NAME, {"out": out}, read | ({"step": step} if isinstance(step, Tensor) else {}))
     if x.shape[0]:
         OP.run(x.device, model_output.dtype, x, model_output, table, step, quantile, out)
     return out
@@ -59,6 +63,12 @@ def _nhwc_only(
     return None
 
 
+def _triton_limits(x: Tensor, *rest: Any) -> str | None:
+    if x.numel() // x.shape[0] > MOST_ELEMENTS:
+        return f"takes at most {MOST_ELEMENTS} elements a sample"
+    return _nhwc_only(x, *rest)
+
+
 OP = Op(
     NAME,
     "max(1, quantile of |x0_hat|)",
@@ -69,7 +79,7 @@ OP = Op(
             frozenset({"cuda", "cpu"}),
             FLOATS,
             min_capability=(8, 0),
-            limits=_nhwc_only,
+            limits=_triton_limits,
             condition=triton_condition,
         ),
         Backend(

@@ -11,7 +11,8 @@ from torch import Tensor
 from idm_fast.kernels import check
 from idm_fast.kernels.channel_stats import ChannelStats, check_stats
 from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op, forced_backends
-from idm_fast.kernels.interpreter import triton_condition
+from idm_fast.kernels.extension import fresh
+from idm_fast.kernels.interpreter import second_axis, triton_condition
 from idm_fast.kernels.norm_coefficients import check_affine
 
 NAME = "group_norm_silu"
@@ -48,9 +49,10 @@ def group_norm_silu(
     if stats is None and skip_stats is None and out is None:  # as the networks call it
         check.no_autograd(NAME, x, weight, bias, scale, shift, skip)
         key = (*map(_facts, (x, weight, bias, scale, shift, skip)), num_groups, forced_backends())
-        again = _known.get(key)
+        again = OP.prepared(key)
         if again is not None:
-            return again(x, num_groups, weight, bias, eps, scale, shift, silu, skip)
+            made: Tensor = again(x, num_groups, weight, bias, eps, scale, shift, silu, skip)
+            return made
     check.no_autograd(NAME, x, skip, out)
     if x.dim() != 4:
         check.fail(NAME, "x", "4-dimensional", "[N, C, H, W]", list(x.shape))
@@ -80,24 +82,22 @@ def group_norm_silu(
         check.apart(NAME, "out", out, "x", x, same_ok=skip is None)
         if skip is not None:
             check.apart(NAME, "out", out, "skip", skip)
+        read = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+        for name, given in (("stats", stats), ("skip_stats", skip_stats)):
+            if given is not None:
+                read |= {f"{name}.partials": given.partials, f"{name}.counts": given.counts}
+        check.all_apart(NAME, {"out": out}, {name: tensor for name, tensor in read.items() if tensor is not None})
     else:
-        out = torch.empty_like(x) if skip is None else empty_beside(x, skip)
+        out = fresh(torch.empty_like(x) if skip is None else empty_beside(x, skip))
     if out.numel() == 0:
         return out
     arguments = (x, num_groups, weight, bias, eps, scale, shift, silu, skip, stats, skip_stats, out)
     run = OP.choose(x.device, x.dtype, *arguments)
     run(*arguments)
     if key is not None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = getattr(run, "prepare", _prepare)(run, x, weight, bias, scale, shift, skip, out)
+        # Asking all this again would take longer than a small layer.
+        OP.remember(key, getattr(run, "prepare", _prepare)(run, x, weight, bias, scale, shift, skip, out))
     return out
-
-
-# Who runs arguments of these shapes, layouts, types and devices, of which is known that they keep the contract: asking
-# again takes longer than a small layer.
-_known: dict[tuple[object, ...], Callable[..., Tensor]] = {}
-_MOST_KNOWN = 512
 
 
 def _facts(tensor: Tensor | None) -> tuple[object, ...] | None:
@@ -109,7 +109,7 @@ def _prepare(run: Callable[..., None], *tensors: Tensor | None) -> Callable[...,
 
     def again(x: Tensor, *rest: Any) -> Tensor:
         skip: Tensor | None = rest[-1]
-        out = torch.empty_like(x) if skip is None else empty_beside(x, skip)
+        out = fresh(torch.empty_like(x) if skip is None else empty_beside(x, skip))
         run(x, *rest, None, None, out)
         return out
 
@@ -133,6 +133,7 @@ OP = Op(
             frozenset({"cuda", "cpu"}),
             FLOATS,
             min_capability=(8, 0),
+            limits=second_axis,
             condition=triton_condition,
         ),
         Backend("cuda", f"{__name__}.cuda:group_norm_silu", frozenset({"cuda"}), FLOATS, min_capability=(8, 0)),

@@ -40,6 +40,7 @@ def case(
     silu: bool = True,
     eps: float = 1e-5,
     parameters: torch.dtype | None = None,  # None: that of x
+    into: bool = False,  # the caller has the room for the result
     layer: bool = False,
 ) -> Case:
     n, c1, h, w = shape
@@ -54,6 +55,8 @@ def case(
             inputs["stats"] = stats_of(x, list(sizes))
         if "skip" in stats.split():
             inputs["skip_stats"] = stats_of(inputs["skip"], [64])
+        if into:
+            inputs["out"] = torch.zeros((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
         if affine:
             inputs["weight"] = (1 + 0.3 * torch.randn(c, generator=generator)).to(parameters or dtype)
             inputs["bias"] = (0.3 * torch.randn(c, generator=generator)).to(parameters or dtype)
@@ -77,10 +80,13 @@ def foreign_stats() -> Case:
     return Case("foreign_stats", "statistics of another tensor", make, lambda dtype: 2 * 1728 * element_size(dtype))
 
 
-def layer(network: str, pixels: int, channels: int, where: str, *, skip: int = 0, time: bool = False) -> Case:
+def layer(
+    network: str, pixels: int, channels: int, where: str, *, skip: int = 0, time: bool = False, into: bool = False
+) -> Case:
     """``channels`` at ``pixels`` x ``pixels``; with ``skip`` both tensors of a layer of the way up."""
-    name = f"{network.replace('-', '')}_{pixels}px_{channels}{f'_{skip}' if skip else ''}"
-    return case(name, f"{network}: {where}", (1, channels, pixels, pixels), skip=skip, time=time, layer=True)
+    name = f"{network.replace('-', '')}_{pixels}px_{channels}{f'_{skip}' if skip else ''}{'_into' if into else ''}"
+    shape = (1, channels, pixels, pixels)
+    return case(name, f"{network}: {where}", shape, skip=skip, time=time, into=into, layer=True)
 
 
 IDM_128 = [  # every shape of the network
@@ -107,11 +113,13 @@ OTHERS = [
     layer("sr3-128", 16, 512, "way up", skip=256),
     layer("gd-256", 256, 128, "first level", time=True),
     layer("gd-256", 256, 128, "way up", skip=128),
+    layer("gd-256", 256, 128, "way up, into memory that is there", skip=128, into=True),
     layer("gd-256", 128, 128, "second level", time=True),
     layer("gd-256", 64, 256, "third level", time=True),
     layer("gd-256", 8, 512, "last level", time=True),
     layer("difface-512", 512, 32, "first level", time=True),
     layer("difface-512", 512, 64, "way up", skip=32),
+    layer("difface-512", 512, 64, "way up, into memory that is there", skip=32, into=True),
     layer("difface-512", 256, 64, "second level", time=True),
     layer("difface-512", 128, 256, "way up", skip=128),
 ]
@@ -151,7 +159,7 @@ def call(inputs: Inputs) -> Outputs:
     x, skip = inputs["x"], inputs.get("skip")
     n, c, h, w = x.shape if skip is None else torch.cat([x, skip], 1).shape
     room = torch.full((n, h, w, c), float("nan"), dtype=x.dtype, device=x.device)
-    return {"out": group_norm_silu(**inputs, out=room.permute(0, 3, 1, 2))}
+    return {"out": group_norm_silu(**inputs | {"out": room.permute(0, 3, 1, 2)})}
 
 
 def exact(inputs: Inputs) -> Outputs:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.extension import Prepared, binder, layout, optional_view, require_native, view
+from idm_fast.kernels.extension import (
+    KEPT_BYTES,
+    Prepared,
+    binder,
+    fresh,
+    layout,
+    optional_view,
+    require_native,
+    view,
+)
 from idm_fast.kernels.group_norm_silu import empty_beside
 
 native = require_native()
@@ -80,7 +89,7 @@ def _prepare(
     of_x, of_out = layout(x), layout(out)
     known = (None if t is None else layout(t) for t in (weight, bias, scale, shift, skip))
     of_weight, of_bias, of_scale, of_shift, of_skip = known
-    call, threads = native.group_norm_silu, torch.get_num_threads
+    call, threads, large = native.group_norm_silu, torch.get_num_threads, out.nbytes >= KEPT_BYTES
 
     def again(
         x: Tensor,
@@ -94,6 +103,8 @@ def _prepare(
         skip: Tensor | None,
     ) -> Tensor:
         out = torch.empty_like(x) if skip is None else empty_beside(x, skip)
+        if large:
+            fresh(out)
         call(
             (x.data_ptr(), of_x),
             (out.data_ptr(), of_out),

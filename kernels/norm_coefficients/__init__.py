@@ -81,7 +81,7 @@ def check_affine(
     """The contract of the groups and parameters of a group norm."""
     check.no_autograd(op, weight, bias, scale, shift)
     n, c = shape
-    if num_groups < 1 or c < 1 or c % num_groups:
+    if not check.is_index(num_groups) or num_groups < 1 or c < 1 or c % num_groups:
         check.fail(op, "num_groups", "a divisor of C", f"divisor of {c}", num_groups)
     if weight is not None:
         _parameter(op, "weight", weight, "[C]", (c,), dtypes, device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from idm_fast.kernels import check
 from idm_fast.kernels.dispatch import FLOATS, Backend, Op
-from idm_fast.kernels.interpreter import triton_condition
+from idm_fast.kernels.interpreter import samples_reason, triton_condition
 
 NAME = "philox_normal"
 
@@ -29,7 +29,7 @@ def philox_normal(
     if len(shape) != 4 or min(shape) < 0:
         check.fail(NAME, "shape", "4 sizes", "(N, C, H, W)", tuple(shape))
     seeds_are(NAME, seeds, shape[0])
-    if not -1 <= step < 2**32 - 1:
+    if not check.is_index(step) or not -1 <= step < 2**32 - 1:
         check.fail(NAME, "step", "a 32-bit counter", "-1 <= step < 2**32 - 1", step)
     place = torch.device(device) if device is not None else seeds.device
     if 0 in shape:
@@ -57,6 +57,7 @@ OP = Op(
             frozenset({"cuda", "cpu"}),
             FLOATS,
             min_capability=(8, 0),
+            limits=lambda seeds, shape, step: samples_reason(len(seeds)),
             condition=triton_condition,
         ),
         Backend("cuda", f"{__name__}.cuda:philox_normal", frozenset({"cuda"}), FLOATS, min_capability=(8, 0)),

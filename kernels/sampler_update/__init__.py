@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from idm_fast.kernels import check
 from idm_fast.kernels.dispatch import FLOATS, Backend, Op, forced_backends
-from idm_fast.kernels.interpreter import triton_condition
+from idm_fast.kernels.interpreter import second_axis, triton_condition
 from idm_fast.kernels.sampler_update import contract
 
 NAME = contract.NAME
@@ -61,7 +59,7 @@ def sampler_update(
         unshuffle,
         forced_backends(),
     )
-    again = _known.get(key)
+    again = OP.prepared(key)
     arguments = (x, model_output, history, table, step, seeds, network_input, threshold, unshuffle, base)
     tensors = (x, model_output, history, table, network_input, threshold, base)
     if again is not None and not contract.wants_grad(*tensors) and again(*arguments):
@@ -71,16 +69,8 @@ def sampler_update(
         return
     run = OP.choose(x.device, model_output.dtype, *arguments)
     run(*arguments)
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
-    prepare = getattr(run, "prepare", contract.prepare)
-    _known[key] = prepare(run, *arguments)
-
-
-# What has been found out about arguments of these shapes, layouts, types and devices: they keep the contract, and who
-# runs them. Each entry runs if also the rest is in order (addresses, the step), and says whether it has.
-_known: dict[tuple[object, ...], Callable[..., bool]] = {}
-_MOST_KNOWN = 256
+    # What is remembered runs if also the rest is in order (addresses, the step), and says whether it has.
+    OP.remember(key, getattr(run, "prepare", contract.prepare)(run, *arguments))
 
 
 def _nhwc_only(
@@ -117,7 +107,7 @@ OP = Op(
             frozenset({"cuda", "cpu"}),
             FLOATS,
             min_capability=(8, 0),
-            limits=_nhwc_only,
+            limits=lambda x, *rest: second_axis(x) or _nhwc_only(x, *rest),
             condition=triton_condition,
         ),
         Backend(

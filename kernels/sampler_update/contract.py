@@ -35,7 +35,7 @@ def check_all(
     seeds_are(NAME, seeds, x.shape[0])
     others = {"history": history, "seeds": seeds}
     written = {"x": x, "history": history}
-    read = {"model_output": model_output}
+    read = {"model_output": model_output, "table": table, "seeds": seeds}
     if network_input is not None:
         check.floating(NAME, "network_input", network_input)
         _is_unshuffled(NAME, "network_input", network_input, x.shape, unshuffle)
@@ -52,7 +52,9 @@ def check_all(
         check.dtype_in(NAME, "threshold", threshold, (torch.float32,))
         if not threshold.is_contiguous():
             check.fail(NAME, "threshold", "contiguous", "stride 1", f"stride {threshold.stride(0)}")
-        others["threshold"] = threshold
+        others["threshold"] = read["threshold"] = threshold
+    if isinstance(step, Tensor):
+        read["step"] = step
     for name, tensor in others.items():
         check.device_is(NAME, name, tensor, x.device)
     check.all_apart(NAME, written, read)
@@ -78,7 +80,7 @@ def prediction_is(
         if step.numel() != 1:
             check.fail(op, "step", "one element", "[] or [1]", list(step.shape))
         check.device_is(op, "step", step, x.device)
-    elif not 0 <= step < table.shape[0]:
+    elif not check.is_index(step) or not 0 <= step < table.shape[0]:
         check.fail(op, "step", "a row of table", f"0 <= step < {table.shape[0]}", step)
 
 
@@ -126,8 +128,9 @@ def prepare(
     base: Tensor | None,
 ) -> Callable[..., bool]:
     """``run``, for arguments that look the same: it runs where addresses and step are in order, else it says False."""
-    reach = [_reach(tensor) for tensor in (x, model_output, history, network_input, base) if tensor is not None]
-    rows, counter = table.shape[0], isinstance(step, Tensor)
+    rows, counter = table.shape[0], step if isinstance(step, Tensor) else None
+    given = (x, model_output, history, table, seeds, network_input, threshold, base, counter)
+    reach = [_reach(tensor) for tensor in given if tensor is not None]
 
     def again(
         x: Tensor,
@@ -141,14 +144,16 @@ def prepare(
         unshuffle: int,
         base: Tensor | None,
     ) -> bool:
-        begins = [x.data_ptr(), model_output.data_ptr(), history.data_ptr()]
-        begins += [tensor.data_ptr() for tensor in (network_input, base) if tensor is not None]
+        begins = [tensor.data_ptr() for tensor in (x, model_output, history, table, seeds)]
+        begins += [tensor.data_ptr() for tensor in (network_input, threshold, base) if tensor is not None]
+        if isinstance(step, Tensor):
+            begins.append(step.data_ptr())
+        elif not 0 <= step < rows:
+            return False
         extents = sorted(zip(begins, reach, strict=True))
         for (begin, size), (following, _) in pairwise(extents):
             if begin + size > following:
                 return False
-        if not counter and not 0 <= step < rows:
-            return False
         run(x, model_output, history, table, step, seeds, network_input, threshold, unshuffle, base)
         return True
 

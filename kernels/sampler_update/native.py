@@ -107,7 +107,7 @@ def _prepare(
                 unshuffle,
                 threads(),
             )
-        except ValueError:  # nothing is written; the checks in Python say it better
+        except (ValueError, TypeError):  # nothing is written; the checks in Python say it better
             return False
         return True
 

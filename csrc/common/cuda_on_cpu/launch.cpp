@@ -78,7 +78,7 @@ struct Block {
 std::mutex one_grid;
 Block block;
 int multiprocessor_count = 4;  // few, so that small cases are cut as large ones are on a device
-bool reversed = false;
+bool reversed = false, last_only = false;
 
 // Another place of the module's thread-local storage is never used while kernels run, so all of it may be overwritten.
 thread_local char in_this_storage;
@@ -215,8 +215,8 @@ void run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, void (*thread)(con
   block.shared_bytes = dynamic_shared;
   SharedVariables variables;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t b = reversed ? blocks - 1 - i : i;
+  for (uint64_t i = last_only ? blocks - 1 : 0; i < blocks; ++i) {
+    const uint64_t b = reversed && !last_only ? blocks - 1 - i : i;
     blockIdx = {static_cast<uint32_t>(b % grid.x), static_cast<uint32_t>(b / grid.x % grid.y),
                 static_cast<uint32_t>(b / grid.x / grid.y)};
     run_block(variables);
@@ -226,6 +226,7 @@ void run_grid(dim3 grid, dim3 threads, size_t dynamic_shared, void (*thread)(con
 int emulated_multiprocessors() { return multiprocessor_count; }
 void set_emulated_multiprocessors(int count) { multiprocessor_count = count; }
 void set_reversed(bool value) { reversed = value; }
+void set_last_only(bool value) { last_only = value; }
 
 unsigned char* dynamic_shared() { return block.shared.get(); }
 size_t dynamic_shared_bytes() { return block.shared_bytes; }

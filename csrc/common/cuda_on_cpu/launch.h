@@ -23,6 +23,7 @@ void set_emulated_multiprocessors(int count);
 // Blocks, and threads where they are free to, run in the opposite order, and each warp as far ahead of the others as it
 // may: a result that changes depends on a race.
 void set_reversed(bool reversed);
+void set_last_only(bool last_only);  // of every grid: for tensors too large to fill
 
 unsigned char* dynamic_shared();  // of the block that runs
 size_t dynamic_shared_bytes();

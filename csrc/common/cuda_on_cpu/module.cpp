@@ -11,5 +11,6 @@ PYBIND11_MODULE(_E, m) {
   idm::bind_cuda(m);
   m.def("set_multiprocessors", &idm::set_emulated_multiprocessors, "What idm::multiprocessors() says; 4 at first.");
   m.def("set_reversed", &idm::set_reversed, "Blocks and threads in the opposite order, where they are free to.");
+  m.def("set_last_only", &idm::set_last_only, "The last block of a grid alone: its offsets are the largest.");
   m.def("wrong", &idm::wrong, "Runs a kernel with the named mistake.");
 }
