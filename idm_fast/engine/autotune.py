@@ -133,7 +133,7 @@ def _without_room(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _timed(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         for _ in range(repeats):
             call()

@@ -10,11 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from idm_fast.engine.nodes import Columns, Node, StatsValue, Value
+from idm_fast.engine.nodes import Columns, Node, Operand, StatsValue, Value
 from idm_fast.kernels.channel_stats import ChannelStats
 
 ALIGNMENT = 256  # bytes: whole cache lines, and what every vector load and copy engine likes
-Placed = TypeVar("Placed", Value, StatsValue)
+Placed = TypeVar("Placed", bound=Operand)
 Stats = tuple[dict[StatsValue, ChannelStats], int]
 Life = tuple[int, int]  # numbers of the first and the last node that touch it
 
@@ -62,14 +62,14 @@ class Buffers:
 
 def lifetimes(nodes: Sequence[Node], kind: type[Placed]) -> dict[Placed, Life]:
     """From the node that writes a value to the last that reads it, both included: a result lies beside its inputs."""
+    touched: list[tuple[int, Operand]] = [(i, v) for i, n in enumerate(nodes) for v in (*n.reads, *n.writes)]
     lives: dict[Placed, Life] = {}
-    for index, node in enumerate(nodes):
-        for value in (*node.reads, *node.writes):
-            if isinstance(value, kind):
-                first, _ = lives.get(value, (index, index))
-                lives[value] = (first, index)
-                if isinstance(value, Value) and value.fixed:
-                    lives[value] = (0, len(nodes) - 1)
+    for number, value in touched:
+        if not isinstance(value, kind):
+            continue
+        fixed = isinstance(value, Value) and value.fixed
+        before = lives.get(value)
+        lives[value] = (0, len(nodes) - 1) if fixed else (number if before is None else before[0], number)
     return lives
 
 
