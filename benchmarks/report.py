@@ -118,7 +118,8 @@ def markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
     ]
     if report["absent"]:
         lines += ["", "Not timed:", ""]
-        lines += [f"- {each['name']} {each['dtype']} ({each['preset']}): {each['reason']}" for each in report["absent"]]
+        who = [f"{each['name']} {each['dtype']}".rstrip() for each in report["absent"]]
+        lines += [f"- {n} ({each['preset']}): {each['reason']}" for n, each in zip(who, report["absent"], strict=True)]
     lines += ["", *(f"![{name}]({name}.png)" for name in pictures)]
     return "\n".join(lines).rstrip() + "\n"
 

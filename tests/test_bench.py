@@ -167,6 +167,7 @@ def test_why_a_peer_cannot_run() -> None:
     assert rows.check_peers([]) == list(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime", "diffusers"])
 def test_the_libraries(tiny: Workload, name: str) -> None:
     """Each computes the same pictures; diffusers' own network says how it differs."""

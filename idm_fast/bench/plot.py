@@ -34,7 +34,7 @@ class Axis:
     def ticks(self) -> list[float]:
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            few = last - first <= 2
+            few = self.high / self.low < 1000
             found = [m * 10.0**e for e in range(first, last + 1) for m in ((1, 2, 5) if few else (1,))]
         else:
             step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
@@ -54,7 +54,9 @@ def axis_of(values: Sequence[float], *, log: bool = False) -> Axis:
 class Chart:
     """A white picture with axes; ``save`` writes it."""
 
-    def __init__(self, title: str, x: Axis, y: Axis, x_label: str, y_label: str, *, x_ticks: bool = True) -> None:
+    def __init__(
+        self, title: str, x: Axis, y: Axis, x_label: str, y_label: str, *, x_ticks: Sequence[float] | None = None
+    ) -> None:
         self.x, self.y = x, y
         self.image = Image.new("RGB", SIZE, "white")
         self.draw = ImageDraw.Draw(self.image)
@@ -67,7 +69,7 @@ class Chart:
             level = self.at(x.low, tick)[1]
             self.draw.line([(LEFT, level), (SIZE[0] - RIGHT, level)], fill=GRID)
             self.draw.text((LEFT - 8, level), f"{tick:g}", fill=INK, font=self.font, anchor="rm")
-        for tick in x.ticks() if x_ticks else ():
+        for tick in x.ticks() if x_ticks is None else x_ticks:
             column = self.at(tick, y.low)[0]
             self.draw.line([(column, TOP), (column, SIZE[1] - BOTTOM)], fill=GRID)
             self.draw.text((column, SIZE[1] - BOTTOM + 6), f"{tick:g}", fill=INK, font=self.font, anchor="ma")
@@ -108,7 +110,8 @@ def lines(
     """One line a name over (x, y) points."""
     points = [point for values in series.values() for point in values]
     x, y = ([point[i] for point in points] for i in (0, 1))
-    chart = Chart(title, axis_of(x, log=log_x), axis_of(y, log=log_y), x_label, y_label)
+    ticks = sorted(set(x)) if len(set(x)) <= 10 else None  # what was measured, where there is room
+    chart = Chart(title, axis_of(x, log=log_x), axis_of(y, log=log_y), x_label, y_label, x_ticks=ticks)
     for index, (name, values) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         chart.line(sorted(values), colour)
@@ -120,7 +123,7 @@ def bars(path: Path, groups: dict[str, dict[str, float]], title: str, y_label: s
     """Groups side by side, in each one bar a name, its value on top."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     top = [value for group in groups.values() for value in group.values()]
-    chart = Chart(title, Axis(0, len(groups)), axis_of(top), "", y_label, x_ticks=False)
+    chart = Chart(title, Axis(0, len(groups)), axis_of(top), "", y_label, x_ticks=())
     for place, (group, values) in enumerate(groups.items()):
         width = 0.84 / max(1, len(values))
         for i, (name, value) in enumerate(values.items()):
@@ -141,7 +144,7 @@ def roofline(path: Path, points: Series, flops_per_s: float, bytes_per_s: float,
     ridge = flops_per_s / bytes_per_s
     x = axis_of([*(p[0] for p in every), ridge / 4, ridge * 4], log=True)
     y = axis_of([*(p[1] / 1e9 for p in every), flops_per_s / 1e9], log=True)
-    chart = Chart(title, x, y, "FLOPs per byte moved", "GFLOP/s", x_ticks=True)
+    chart = Chart(title, x, y, "FLOPs per byte moved", "GFLOP/s")
     begin = max(x.low, y.low * 1e9 / bytes_per_s)
     roof = [(begin, begin * bytes_per_s / 1e9), (ridge, flops_per_s / 1e9), (x.high, flops_per_s / 1e9)]
     chart.line(roof, INK, dots=False)

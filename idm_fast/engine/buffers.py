@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import TypeVar
@@ -10,7 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from idm_fast.engine.graph_pool import GraphPool
 from idm_fast.engine.nodes import Columns, Node, Operand, StatsValue, Value
+from idm_fast.engine.runtime import Runtime, runtime_of
 from idm_fast.kernels.channel_stats import ChannelStats
 
 ALIGNMENT = 256  # bytes: whole cache lines, and what every vector load and copy engine likes
@@ -26,13 +29,21 @@ class Arena:
     ``generation`` is past.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, runtime: Runtime | None = None) -> None:
         self.device, self.lock, self.generation = device, RLock(), 0
+        self.runtime = runtime or runtime_of(device)
+        self.graphs = GraphPool(self.runtime)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
         return self._memory.numel()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The right to use it, behind whoever used it before, on another thread or another stream."""
+        with self.lock, self.runtime.turn():
+            yield
 
     def take(self, nbytes: int) -> Tensor:
         """The first ``nbytes`` of it. Raises what torch raises where there is no such memory."""
@@ -62,14 +73,13 @@ class Buffers:
 
 def lifetimes(nodes: Sequence[Node], kind: type[Placed]) -> dict[Placed, Life]:
     """From the node that writes a value to the last that reads it, both included: a result lies beside its inputs."""
-    touched: list[tuple[int, Operand]] = [(i, v) for i, n in enumerate(nodes) for v in (*n.reads, *n.writes)]
     lives: dict[Placed, Life] = {}
-    for number, value in touched:
-        if not isinstance(value, kind):
-            continue
-        fixed = isinstance(value, Value) and value.fixed
-        before = lives.get(value)
-        lives[value] = (0, len(nodes) - 1) if fixed else (number if before is None else before[0], number)
+    for index, node in enumerate(nodes):
+        touched: list[Operand] = [*node.reads, *node.writes]
+        for value in touched:
+            if isinstance(value, kind):
+                first = lives[value][0] if value in lives else index
+                lives[value] = (0, len(nodes) - 1) if value.fixed else (first, index)
     return lives
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from torch import Tensor
 from idm_fast.diffusion import SamplerTable
 from idm_fast.engine.autotune import Autotuner, Policy
 from idm_fast.engine.buffers import Arena
+from idm_fast.engine.graph import GraphLoop
+from idm_fast.engine.loop import EagerLoop, Loop
 from idm_fast.engine.lower import Shape, lower
-from idm_fast.engine.memory import OutOfMemory
+from idm_fast.engine.memory import exhausted
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import Plan
 from idm_fast.engine.precision import chosen_device, chosen_dtype
@@ -36,6 +37,8 @@ class EngineOptions:
     the first of the table that can run it ("off"); ``cache``: the file of measurements, None for the user's own.
     ``weights``: those of another engine of the same network and dtype, to share them. ``arena``: memory that engines
     take turns in: ``run`` is safe then, ``load`` and ``step`` are those of one engine at a time.
+    ``graph``: on CUDA a walk is captured and replayed; False: call by call. ``cache_every`` k > 1 is lossy: only every
+    k-th evaluation runs the whole network, those between reuse what the levels below the finest gave last.
     """
 
     backend: str | None = None
@@ -43,11 +46,13 @@ class EngineOptions:
     arena: Arena | None = None
     autotune: Policy = "cached"
     cache: Path | None = None
+    graph: bool = True
+    cache_every: int = 1
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes held by an engine; ``weights``, and all of ``workspace`` but its tables, may be shared with others."""
+    """Bytes held by an engine; ``weights``, ``graph_pool``, and all of ``workspace`` but its tables, may be shared."""
 
     weights: int
     workspace: int
@@ -57,11 +62,9 @@ class Memory:
 class Engine:
     """Made by ``Engine.compile``. One walk at a time: ``run`` waits for another thread's to end."""
 
-    def __init__(self, plan: Plan, table: SamplerTable, weights: PackedWeights, arena: Arena) -> None:
-        self._plan, self._tables, self.weights, self.arena = plan, plan.tables, weights, arena
-        self._table, self._version = table, weights.version
-        self._at = 0
-        self._lock = arena.lock
+    def __init__(self, plan: Plan, table: SamplerTable, weights: PackedWeights, arena: Arena, loop: Loop) -> None:
+        self._plan, self._tables, self._loop, self.weights, self.arena = plan, plan.tables, loop, weights, arena
+        self._table = table
 
     @classmethod
     @torch.inference_mode(False)
@@ -86,20 +89,28 @@ class Engine:
         kind, quantised = chosen_dtype(dtype, place)
         _check(model, shape)
         weights = options.weights or PackedWeights(model, kind, place)
-        lowered = lower(model, shape, kind, quantised=quantised)
+        if options.cache_every < 1:
+            raise IdmFastError(f"Engine: cache_every must be >= 1, got {options.cache_every}")
+        if options.cache_every > 1 and len(model.config.channel_mult) == 1:
+            raise IdmFastError(f"Engine: cache_every must be 1 for a network of one level, got {options.cache_every}")
+        lowered = lower(model, shape, kind, quantised=quantised, reusable=options.cache_every > 1)
         tables = StepTables(lowered, weights, table.evaluations)
-        tables.fill(table)  # first: to be measured, a quantised call needs its steps
         tuner = Autotuner(options.autotune, options.cache)
         arena = options.arena or Arena(place)
         try:
-            with nullcontext() if options.backend is None else use_backend(options.backend), arena.lock:
+            with nullcontext() if options.backend is None else use_backend(options.backend), arena.turn():
+                tables.load(table)
+                tables.refresh()
+                tables.row.copy_(tables.rows[:1])  # to be measured, a quantised call needs its steps
                 plan = Plan(lowered, tables, weights, shape[0], arena, tuner)
         except BackendError as error:
             raise IdmFastError(str(error)) from None
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"Engine: memory must hold {shape[0]} images of {shape[1:]}, got: {error}") from None
+            raise exhausted(shape, error) from None
         tuner.save()
-        return cls(plan, table, weights, arena)
+        eager = EagerLoop(plan, tables, weights, options.cache_every)
+        loop = GraphLoop(eager, arena.graphs) if options.graph and arena.runtime.captures else eager
+        return cls(plan, table, weights, arena, loop)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -121,93 +132,113 @@ class Engine:
         """Calls per evaluation."""
         return len(self._plan.step_calls)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def run(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Walks the table from ``start`` [N, C, H, W] and returns the images: float32, channels_last.
 
         As ``diffusion.sample`` with the network in place: ``seeds`` int64 [N], ``cond`` [N, Cc, H, W] float32;
         ``callback(e, x, x0_hat)`` after evaluation e, of tensors that are used again.
         """
-        with self._lock:
-            self.load(start, seeds, cond)
-            for e in range(self._tables.evaluations):
-                self.step(e)
-                if callback is not None:
+        with self.arena.turn():
+            whole = self._tables.evaluations if callback is None else None
+            self._begin(start, seeds, cond, whole)
+            if callback is None:
+                self._loop.walk(self._tables.evaluations)
+            else:
+                self._loop.setup()
+                for e in range(self._tables.evaluations):
+                    self._loop.step(e)
                     callback(e, self._plan.x, self._plan.history)
             return self._plan.x.clone()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None) -> None:
         """The beginning of a walk: what depends on the images alone is computed here."""
-        plan = self._plan
-        _same("start", start, plan.x)
-        _same("seeds", seeds, plan.seeds)
-        if (cond is None) != (plan.cond is None):
-            raise IdmFastError(f"Engine: cond must be {'none' if plan.cond is None else 'given'}, got the contrary")
-        with self._lock:
-            plan.x.copy_(start)
-            plan.seeds.copy_(seeds)
-            if cond is not None and plan.cond is not None:
-                _same("cond", cond, plan.cond)
-                plan.cond.copy_(cond)
-            self._refresh()
-            self._tables.step.zero_()
-            self._at = 0
-            plan.setup()
+        with self.arena.turn():
+            self._begin(start, seeds, cond, None)
+            self._loop.setup()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, e: int) -> None:
         """Evaluation ``e`` of the network and the update behind it."""
         if not 0 <= e < self._tables.evaluations:
             raise IdmFastError(f"Engine: step must lie in 0..{self._tables.evaluations - 1}, got {e}")
-        if e != self._at:
-            self._tables.step.fill_(e)
-        self._plan.step()
-        self._at = e + 1
+        with self.arena.turn():
+            self._loop.step(e)
 
+    def _begin(self, start: Tensor, seeds: Tensor, cond: Tensor | None, evaluations: int | None) -> None:
+        """Puts the images where the plan reads them, and has the loop ready for a walk, or for single steps (None)."""
+        plan = self._plan
+        _same("start", start, plan.x)
+        _same("seeds", seeds, plan.seeds)
+        if (cond is None) != (plan.cond is None):
+            raise IdmFastError(f"Engine: cond must be {'none' if plan.cond is None else 'given'}, got the contrary")
+        if cond is not None and plan.cond is not None:
+            _same("cond", cond, plan.cond)
+        self._put(start, seeds, cond)
+        try:
+            if self._loop.prepare(evaluations):
+                self._put(start, seeds, cond)
+        except torch.OutOfMemoryError as error:
+            n, _, height, width = plan.x.shape
+            raise exhausted((n, height, width), error) from None
+
+    def _put(self, start: Tensor, seeds: Tensor, cond: Tensor | None) -> None:
+        plan = self._plan
+        plan.x.copy_(start)
+        plan.seeds.copy_(seeds)
+        if cond is not None and plan.cond is not None:
+            plan.cond.copy_(cond)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def use_table(self, table: SamplerTable) -> None:
-        """Other coefficients, of at most as many evaluations as the engine was compiled for; nothing is recompiled."""
+        """Other coefficients, of at most as many evaluations as the engine was compiled for; nothing is recompiled.
+
+        A graph is captured anew only for another number of evaluations.
+        """
         if table.evaluations > self._tables.capacity:
             raise IdmFastError(
                 f"use_table: table must have at most {self._tables.capacity} evaluations, as the engine was compiled "
                 f"for, got {table.evaluations}"
             )
-        with self._lock:
+        with self.arena.turn():
             if table is not self._table:
-                self._table, self._version = table, -1
-            self._refresh()
+                self._tables.load(table)
+                self._table = table
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        if self._version != self.weights.version:
-            self._version = self.weights.version
-            self._tables.fill(self._table)
+    def release_graphs(self) -> None:
+        """Forgets all captured graphs of the arena; the next run captures its own anew, as torch is set then."""
+        with self.arena.turn():
+            self.arena.graphs.release()
 
     def swap_weights(self, model: UNet) -> None:
         """Another network's weights in the same memory, for all engines that share them.
 
         Raises ``IdmFastError`` for one of another shape; the engine then keeps its own.
         """
-        with self._lock:
+        with self.arena.turn():
             self.weights.swap(model)
 
     def memory(self) -> Memory:
-        return Memory(self.weights.nbytes, self.arena.nbytes + self._plan.stats_nbytes + self._tables.nbytes)
+        workspace = self.arena.nbytes + self._plan.stats_nbytes + self._tables.nbytes
+        return Memory(self.weights.nbytes, workspace, self.arena.graphs.nbytes)
 
     @torch.no_grad()
     def times(self, repeats: int = 5) -> tuple[float, ...]:
         """Median seconds of each of ``nodes``, run one by one; the buffers' contents do not matter, and are lost."""
         medians = []
-        with self._lock:
+        with self.arena.turn():
             for bound in self._plan.step_calls:
                 taken = []
                 for _ in range(repeats + 1):
                     self._tables.step.zero_()
-                    began = time.perf_counter()
-                    bound.call()
-                    taken.append(time.perf_counter() - began)
+                    taken.append(self.arena.runtime.seconds(bound.call))
                 medians.append(sorted(taken[1:])[repeats // 2])
-            self._at = -1
+            self._loop.moved(-1)
         return tuple(medians)
 
 

@@ -68,19 +68,24 @@ class Lowered:
     x: Value  # float32 [N, C, H, W]
     history: Value
     cond: Value | None  # float32 [N, Cc, H, W]
+    inner: tuple[int, int] = (0, 0)  # of ``step``, the nodes below the finest resolution: begin and end
 
 
-def lower(model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: bool = False) -> Lowered:
+def lower(model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: bool = False, reusable: bool = False) -> Lowered:
     """The plan of ``model`` for N images of H x W pixels in ``dtype``.
 
-    ``quantised``: a convolution behind a norm is done on 8-bit integers, but for the network's last.
+    ``quantised``: a convolution behind a norm is done on 8-bit integers, but for the network's last. ``reusable``:
+    what the inner levels give back to the finest resolution outlives the step, so that the next may leave them out.
     """
-    return _Lowering(model, shape, dtype, quantised).run()
+    return _Lowering(model, shape, dtype, quantised, reusable).run()
 
 
 class _Lowering:
-    def __init__(self, model: UNet, shape: Shape, dtype: torch.dtype, quantised: bool) -> None:
+    def __init__(self, model: UNet, shape: Shape, dtype: torch.dtype, quantised: bool, reusable: bool) -> None:
         self.model, self.config, self.dtype, self.quantised = model, model.config, dtype, quantised
+        self.descends = next((i for i, level in enumerate(_levels(model.down)) if _resizes(level)), None)
+        self.ascends = max((i for i, level in enumerate(_levels(model.up)) if _resizes(level)), default=None)
+        self.kept = f"up.{self.ascends}." if reusable else None  # the level whose last value outlives the step
         self.n, self.height, self.width = shape
         self.nodes: list[Node] = []
         self.projections: list[Projection] = []
@@ -105,7 +110,9 @@ class _Lowering:
         self.nodes.append(TimeRow(layer="time"))
         h = self._stem(entry, half)
         skips = [h]
+        begin = end = 0
         for index, level in enumerate(_levels(self.model.down)):
+            begin = len(self.nodes) if index == self.descends else begin
             h = self._level(level, f"down.{index}", h)
             skips.append(h)
         for index, level in enumerate(_levels(self.model.middle)):
@@ -113,6 +120,7 @@ class _Lowering:
         for index, level in enumerate(_levels(self.model.up)):
             joins = isinstance(level.block, ResBlock) and level.block.resize is None
             h = self._level(level, f"up.{index}", h, skips.pop() if joins else None)
+            end = len(self.nodes) if index == self.ascends else end
         self.nodes.append(
             Update(
                 layer="sampler", answer=self._output(h), base=cond if c.residual else None, unshuffle=f,
@@ -121,7 +129,7 @@ class _Lowering:
         )  # fmt: skip
         self.nodes.append(Advance(layer="sampler"))
         step = tuple(_without_unread_stats(self.nodes))
-        return Lowered(tuple(setup), step, tuple(self.projections), tuple(self.ranges), x, history, cond)
+        return Lowered(tuple(setup), step, tuple(self.projections), tuple(self.ranges), x, history, cond, (begin, end))
 
     def _stem_columns(self) -> tuple[Columns, Columns]:
         """Of the stem's input channels: those of x, those of the condition."""
@@ -276,7 +284,8 @@ class _Lowering:
         upsample, stride = rest.get("upsample", False), rest.get("stride", 1)
         n, _, h, w = x.shape
         grid = (2 * h, 2 * w) if upsample else ((h - 1) // stride + 1, (w - 1) // stride + 1)
-        out = Value(path, (n, out_channels, *grid), self.dtype)
+        fixed = self.kept is not None and path.startswith(self.kept)
+        out = Value(path, (n, out_channels, *grid), self.dtype, fixed)
         stats = StatsValue(f"{path}.stats", out)
         rest.setdefault("weight", Weight(f"{path}.weight", "phases" if upsample else "conv"))
         rest.setdefault("bias", (Weight(f"{path}.bias", "vector"),))
@@ -290,6 +299,10 @@ class _Lowering:
 
 def _levels(modules: torch.nn.ModuleList) -> list[Level]:
     return [level for level in modules if isinstance(level, Level)]
+
+
+def _resizes(level: Level) -> bool:
+    return isinstance(level.block, Downsample | Upsample) or level.block.resize is not None
 
 
 def _without_unread_stats(nodes: Sequence[Node]) -> list[Node]:

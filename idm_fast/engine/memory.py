@@ -31,5 +31,11 @@ def require(need: int, device: torch.device) -> None:
         raise OutOfMemory(f"Engine: memory on {device} must hold the plan = {_mib(need)}, got {_mib(have)} free")
 
 
+def exhausted(shape: tuple[int, int, int], error: torch.OutOfMemoryError) -> OutOfMemory:
+    """What torch said when it gave out, of N images of H x W pixels: it names the need and what is free."""
+    n, height, width = shape
+    return OutOfMemory(f"Engine: memory must hold {n} images of {height} x {width}, got: {error}")
+
+
 def _mib(size: int) -> str:
     return f"{size / 2**20:.0f} MiB"

@@ -38,6 +38,10 @@ class StatsValue:
     name: str
     image: Value
 
+    @property
+    def fixed(self) -> bool:
+        return self.image.fixed
+
 
 Columns = tuple[int, int]  # begin and end, of a block's columns in the time row or of channels of a weight
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine.autotune import Autotuner
-from idm_fast.engine.bind import Binder
+from idm_fast.engine.bind import Binder, BoundNode, Call
 from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
 from idm_fast.engine.memory import require
@@ -39,8 +39,10 @@ class Plan:
         self.buffers.stats, self.stats_nbytes = statistics(nodes, counts, weights.device)
         self.setup_calls = [binder.bind(node) for node in lowered.setup]
         self.step_calls = [binder.bind(node) for node in lowered.step]
+        begin, end = lowered.inner
         # Neighbours that are native calls run as one program, without Python in between.
-        self._setup, self._step = (joined([bound.call for bound in c]) for c in (self.setup_calls, self.step_calls))
+        self._setup, self._step = _joined(self.setup_calls), _joined(self.step_calls)
+        self._outer = _joined([*self.step_calls[:begin], *self.step_calls[end:]])
 
     @property
     def x(self) -> Tensor:
@@ -58,6 +60,11 @@ class Plan:
         for call in self._setup:
             call()
 
-    def step(self) -> None:
-        for call in self._step:
+    def step(self, reuse: bool = False) -> None:
+        """``reuse``: without the inner levels, whose last result is still there."""
+        for call in self._outer if reuse else self._step:
             call()
+
+
+def _joined(calls: list[BoundNode]) -> list[Call]:
+    return joined([bound.call for bound in calls])

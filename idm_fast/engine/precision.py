@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from idm_fast.engine.nodes import Value
 from idm_fast.errors import IdmFastError
+
+if TYPE_CHECKING:
+    from idm_fast.engine.bind import BoundNode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INT8 = "int8"  # bfloat16 (float32 without its instructions) between convolutions on 8-bit integers; CPU only
@@ -49,3 +57,26 @@ def chosen_dtype(dtype: torch.dtype | str | None, device: torch.device) -> tuple
     if device.type == "cpu" and found == torch.float16:
         raise IdmFastError("dtype must be fp32, bf16 or int8 on a CPU, got fp16")
     return found, False
+
+
+FP16_RANGE = 6e4  # float16 ends at 65504; what another picture adds must fit between
+
+
+@torch.no_grad()
+def check_range(calls: Sequence[BoundNode], tensors: Mapping[Value, Tensor]) -> None:
+    """Runs the calls in order and looks at every float16 image that they store, once.
+
+    Raises ``IdmFastError`` naming the first layer whose values leave the range, with bf16 as the way out.
+    """
+    layers, most = [], []
+    for bound in calls:
+        bound.call()
+        for value in bound.node.writes:
+            if isinstance(value, Value) and value.dtype == torch.float16:
+                layers.append(bound.node.layer)
+                most.append(tensors[value].abs().amax().float())
+    if not most:
+        return
+    for layer, seen in zip(layers, torch.stack(most).tolist(), strict=True):
+        if not seen <= FP16_RANGE:  # neither is a NaN
+            raise IdmFastError(f"fp16: values of {layer} must stay within +-{FP16_RANGE:g}, got {seen:g}; use bf16")

@@ -9,8 +9,9 @@ from idm_fast.diffusion import SamplerTable
 from idm_fast.engine.lower import Lowered, Range
 from idm_fast.engine.nodes import Columns, Weight
 from idm_fast.engine.weights import PackedWeights, State
-from idm_fast.kernels import time_embedding, use_backend
+from idm_fast.kernels import time_embedding
 from idm_fast.kernels.conv2d_int8 import activation_scale
+from idm_fast.kernels.dispatch import use_backend
 
 
 class StepTables:
@@ -30,29 +31,41 @@ class StepTables:
         self.rows = torch.zeros(capacity, width, device=device)
         self.row = torch.zeros(1, width, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._times = torch.zeros(capacity, device=device)
         self.evaluations = 0
+        self._computed: int | None = None  # version of the weights that made ``rows``
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.coefficients, self.rows, self.row, self.step))
+        return sum(t.nbytes for t in (self.coefficients, self.rows, self.row, self.step, self._times))
 
-    def fill(self, table: SamplerTable) -> None:
-        """Everything for a walk of at most ``capacity`` evaluations, in place."""
-        device, config, count = self._weights.device, self._weights.config, table.evaluations
+    def load(self, table: SamplerTable) -> None:
+        """What the host knows of a walk of at most ``capacity`` evaluations, in place; ``compute`` makes the rest."""
+        device, count = self._weights.device, table.evaluations
         self.coefficients[:count].copy_(table.float32(device))
+        self._times[:count].copy_(torch.from_numpy(table.network_time.astype("float32")))
         self.evaluations = count
-        times = torch.from_numpy(table.network_time.astype("float32")).to(device)
+        self._computed = None
+
+    def refresh(self) -> None:
+        """``compute`` where the table or the weights have changed."""
+        if self._computed != self._weights.version:
+            self.compute()
+            self._computed = self._weights.version
+
+    def compute(self) -> None:
+        """``rows`` of the times that were loaded and of the weights: always the same calls, so a graph may hold it."""
+        config = self._weights.config
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._mlp
-        with use_backend(None):  # once per table, and not each back end has it
+        with use_backend(None):  # once per walk, and not each back end has the time embedding
             made = time_embedding(
-                times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
+                self._times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
                 order=config.embedding_order, embed_silu=config.embed_silu,
             )  # fmt: skip
-        self.rows[:count, : self._columns].copy_(made)
+        self.rows[:, : self._columns].copy_(made)
         for index, each in enumerate(self._lowered.ranges):
             begin = self._columns + 2 * index
-            self.rows[:count, begin : begin + 2].copy_(self._range(each, made))
-        self.row.copy_(self.rows[:1])
+            self.rows[:, begin : begin + 2].copy_(self._range(each, made))
 
     def _range(self, each: Range, rows: Tensor) -> Tensor:
         gamma, beta = self._weights.norm(each.norm)

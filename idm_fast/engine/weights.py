@@ -31,6 +31,7 @@ class PackedWeights:
         self._state: State = dict(model.state_dict())
         self._made: dict[object, tuple[Recipe, tuple[Tensor, ...]]] = {}
         self._lock = Lock()
+        self.range_checked = -1  # the version whose float16 values are known to fit
         self.version = 0  # one more after each swap: what was computed from weights is then made anew
 
     @property
