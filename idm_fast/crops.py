@@ -103,9 +103,9 @@ class CropRestorer:
                 names = forced_backends()
         except BackendError as error:  # a name that no table knows
             raise IdmFastError(str(error)) from None
-        used = USED if self._engines is None else USED_BY_ENGINE
+        used: tuple[str, ...] = USED if self._engines is None else USED_BY_ENGINE
         if self._engines is not None and self.config.unet.resample == "resblock":
-            used += ("group_norm_silu",)
+            used += ("group_norm_silu", "resample2x")
         if self.quantised:
             used += ("conv2d_int8",)
         for name in used if names else ():

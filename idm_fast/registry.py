@@ -11,7 +11,7 @@ import torch
 from idm_fast.checkpoints import native
 from idm_fast.config import ModelConfig
 from idm_fast.crops import CropRestorer
-from idm_fast.engine.precision import INT8, chosen_dtype
+from idm_fast.engine.precision import INT8, chosen_device, chosen_dtype
 from idm_fast.errors import IdmFastError
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -36,16 +36,7 @@ class Target:
 
     def resolved(self) -> tuple[torch.device, torch.dtype | str]:
         """Checked device and dtype; raises ``IdmFastError`` for ones that are unknown or not here."""
-        try:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError as error:
-            raise IdmFastError(
-                f"device must be cpu, cuda or cuda:N, got {self.device!r}: {error}".splitlines()[0]
-            ) from None
-        count = torch.cuda.device_count()
-        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-            here = ["cpu", *(f"cuda:{i}" for i in range(count))]
-            raise IdmFastError(f"device must be one of this machine's = {', '.join(here)}, got {device}")
+        device = chosen_device(self.device)
         dtype, quantised = chosen_dtype(self.dtype, device)
         return device, INT8 if quantised else dtype
 

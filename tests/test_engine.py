@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from idm_fast.config import PRESETS, UNetConfig, preset
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, sample
@@ -36,12 +38,12 @@ def _network(config: UNetConfig, seed: int = 0) -> UNet:
     return unet
 
 
-def _quarter(name: str) -> UNetConfig:
-    """The preset's layout with a quarter of its channels."""
+def _small(name: str) -> UNetConfig:
+    """The preset's layout with an eighth of its channels."""
     c = preset(name).unet
     return replace(
-        c, model_channels=c.model_channels // 4, norm_groups=c.norm_groups // 4,
-        num_head_channels=c.num_head_channels // 4, embed_channels=c.embed_channels // 4,
+        c, model_channels=c.model_channels // 8, norm_groups=c.norm_groups // 8,
+        num_head_channels=c.num_head_channels // 8, embed_channels=c.embed_channels // 8,
     )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ LAUNCHES = {"idm-128": 66, "idm-256": 66, "sr3-128": 146, "sr3-512": 86, "gd-256
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_agrees_with_the_plain_network(name: str) -> None:
     """float32 is the truth. In bfloat16 both paths round at each layer, so our error may be twice the plain one's."""
-    config, table = _quarter(name), _table(name)
+    config, table = _small(name), _table(name)
     side = max(32, config.size_multiple)
     inputs = _inputs(config, 1, side)
     engines = [Engine.compile(_network(config), (1, side, side), table, dtype=d) for d in ("fp32", "bf16")]
@@ -193,6 +195,9 @@ def test_what_it_refuses() -> None:
         Engine.compile(module, (1, 16, 16), table, dtype="fp8")
     with pytest.raises(IdmFastError, match="on a CPU, got fp16"):
         Engine.compile(module, (1, 16, 16), table, dtype="fp16")
+    for device in ("tpu", "cuda:77"):
+        with pytest.raises(IdmFastError, match="device must be"):
+            Engine.compile(module, (1, 16, 16), table, device=device)
     with pytest.raises(IdmFastError, match="triton"):
         Engine.compile(module, (1, 16, 16), table, options=EngineOptions(backend="xformers"))
     engine = Engine.compile(module, (1, 16, 16), table)
@@ -203,3 +208,44 @@ def test_what_it_refuses() -> None:
         engine.run(x, seeds)
     with pytest.raises(IdmFastError, match="seeds must be int64"):
         engine.run(x, torch.zeros(2, dtype=torch.int64), cond)
+
+
+class _Seen(TorchDispatchMode):
+    """Every operator of torch that runs, allocations among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_one_program_and_allocates_nothing() -> None:
+    pytest.importorskip("idm_fast._C", reason="the native module is not built")
+    engine = Engine.compile(_network(TINY), (1, 16, 16), _table("idm-128", 3), dtype="bf16")
+    assert len(engine._plan._step) == 1
+    assert {node.backend for node in engine.nodes} == {"cpu"}
+    engine.load(*_inputs(TINY, 1, 16))
+    engine.step(0)
+    with _Seen() as seen:
+        engine.step(1)
+        engine.step(2)
+    assert not seen.calls  # torch neither computes nor allocates
+
+
+def test_nodes_say_what_they_cost() -> None:
+    engine = Engine.compile(_network(TINY), (1, 16, 16), _table("idm-128", 3), dtype="bf16")
+    assert len(engine.times(1)) == len(engine.nodes) == engine.launches
+    assert all(seconds > 0 for seconds in engine.times(1))
+    stem = next(node for node in engine.nodes if node.layer == "stem")
+    assert stem.flops == 2 * 16 * 12 * 9 * 8 * 8
+    assert stem.weight_bytes == 2 * 16 * 12 * 9
+    assert stem.activation_bytes == 2 * 8 * 8 * (12 + 16 + 16)  # input, the condition's half, output
+    assert engine.memory().weights > 0
+    assert engine.memory().graph_pool == 0
+    inputs = _inputs(TINY, 1, 16)
+    expected = engine.run(*inputs)
+    engine.times(1)
+    assert torch.equal(engine.run(*inputs), expected)

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine import nodes
+from idm_fast.engine.autotune import Autotuner
 from idm_fast.engine.buffers import Buffers
 from idm_fast.engine.nodes import Node, Value
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.kernels import dispatch
 from idm_fast.kernels.channel_stats import ChannelStats
+from idm_fast.kernels.extension import native
+from idm_fast.kernels.program import bind_advance, bind_table_row
 from idm_fast.ops import OPS
 
 Call = Callable[[], object]
 Arguments = tuple[Any, ...]  # of an implementation, in its order
-Choose = Callable[[Node, torch.device, torch.dtype, Arguments], str | None]
 
 
 @dataclass(frozen=True)
@@ -30,31 +32,37 @@ class BoundNode:
     call: Call
 
 
-def bind(node: Node, buffers: Buffers, weights: PackedWeights, choose: Choose | None = None) -> BoundNode:
-    """``choose``: names a node's backend (autotune.py); None, or its None: the first that can run it.
+class Binder:
+    """Binds the nodes of one plan. Raises ``BackendError`` where none of the allowed backends can run a node."""
 
-    Raises ``BackendError`` where none of the allowed backends can run the node.
-    """
-    copy = _COPIES.get(type(node))
-    if copy is not None:
-        return BoundNode(replace(node, backend="torch"), copy(node, buffers))
-    dtype, arguments = arguments_of(node, buffers, weights)
-    device = weights.device
-    wanted = None if choose is None else choose(node, device, dtype, arguments)
-    name, run = chosen(node.op, device, dtype, arguments, wanted)
-    return BoundNode(replace(node, backend=name), dispatch.bound(run, *arguments))
+    def __init__(self, buffers: Buffers, weights: PackedWeights, tuner: Autotuner) -> None:
+        self._buffers, self._weights, self._tuner = buffers, weights, tuner
 
+    def bind(self, node: Node) -> BoundNode:
+        copy = _COPIES.get(type(node))
+        if copy is not None:
+            name, call = copy(node, self._buffers)
+            return BoundNode(replace(node, backend=name), call)
+        name, run, arguments = self._chosen(node)
+        return BoundNode(replace(node, backend=name), dispatch.bound(run, *arguments))
 
-def chosen(
-    op: str, device: torch.device, dtype: torch.dtype, arguments: Arguments, wanted: str | None = None
-) -> tuple[str, Callable[..., Any]]:
-    """(name, implementation) of the backend that is wanted, or else of the first that can run."""
-    with nullcontext() if wanted is None else dispatch.use_backend(wanted):
-        run = OPS[op].choose(device, dtype, *arguments)
-    for name, row in OPS[op].backends.items():
-        if row.why_not(device, dtype, forced=True) is None and row.run is run:
-            return name, run
-    raise AssertionError("what was chosen is a row of the table")
+    def pieces(self, node: nodes.Conv) -> int:
+        """Into how many pieces the statistics of ``node`` are cut."""
+        _, run, arguments = self._chosen(node)
+        return dispatch.pieces(run, *arguments)
+
+    def _chosen(self, node: Node) -> tuple[str, Callable[..., Any], Arguments]:
+        """(name of the backend, its implementation, what that takes)."""
+        dtype, arguments = arguments_of(node, self._buffers, self._weights)
+        device = self._weights.device
+        wanted = self._tuner.choose(node.op, device, dtype, arguments)
+        op = OPS[node.op]
+        with nullcontext() if wanted is None else dispatch.use_backend(wanted):
+            run = op.choose(device, dtype, *arguments)
+        for name, row in op.backends.items():
+            if row.why_not(device, dtype, forced=True) is None and row.run is run:
+                return name, run, arguments
+        raise AssertionError("what was chosen is a row of the table")
 
 
 def arguments_of(node: Node, buffers: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
@@ -62,14 +70,6 @@ def arguments_of(node: Node, buffers: Buffers, weights: PackedWeights) -> tuple[
     make: Any = _ARGUMENTS[type(node)]
     found: tuple[torch.dtype, Arguments] = make(node, buffers, weights)
     return found
-
-
-def pieces(node: nodes.Conv, buffers: Buffers, weights: PackedWeights, choose: Choose | None = None) -> int:
-    """Into how many pieces the statistics of ``node`` are cut."""
-    dtype, arguments = arguments_of(node, buffers, weights)
-    wanted = None if choose is None else choose(node, weights.device, dtype, arguments)
-    _, run = chosen(node.op, weights.device, dtype, arguments, wanted)
-    return dispatch.pieces(run, *arguments)
 
 
 def _coefficients(node: nodes.Coefficients, b: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
@@ -121,47 +121,48 @@ def _update(node: nodes.Update, b: Buffers, _: PackedWeights) -> tuple[torch.dty
     return answer.dtype, (x, answer, history, b.coefficients, b.step, b.seeds, entry, None, node.unshuffle, base)
 
 
+def _resample(node: nodes.Resample, b: Buffers, _: PackedWeights) -> tuple[torch.dtype, Arguments]:
+    x = b.tensors[node.x]
+    return x.dtype, (x, node.up, b.tensors[node.out])
+
+
 _ARGUMENTS: dict[type[Node], Any] = {
     nodes.Coefficients: _coefficients,
     nodes.Conv: _conv,
     nodes.Norm: _norm,
     nodes.Attend: _attend,
+    nodes.Resample: _resample,
     nodes.Update: _update,
 }
 
 
-def _time_row(_: Any, b: Buffers) -> Call:
-    return partial(torch.index_select, b.rows, 0, b.step, out=b.row)
+# What no operation does: moves, and counting. (name of who does it, call)
 
 
-def _advance(_: Any, b: Buffers) -> Call:
-    return partial(b.step.add_, 1)
+def _time_row(_: Any, b: Buffers) -> tuple[str, Call]:
+    if _native(b):
+        return "cpu", bind_table_row(b.rows, b.step, b.row)
+    return "torch", partial(torch.index_select, b.rows, 0, b.step, out=b.row)
 
 
-def _pool(node: nodes.Pool, b: Buffers) -> Call:
-    return partial(torch.ops.aten.avg_pool2d.out, b.tensors[node.x], [2, 2], out=b.tensors[node.out])
+def _advance(_: Any, b: Buffers) -> tuple[str, Call]:
+    return ("cpu", bind_advance(b.step)) if _native(b) else ("torch", partial(b.step.add_, 1))
 
 
-def _nearest(node: nodes.Nearest, b: Buffers) -> Call:
-    x = b.tensors[node.x]
-    n, c, h, w = x.shape
-    cells = b.tensors[node.out].permute(0, 2, 3, 1).view(n, h, 2, w, 2, c)
-    return partial(cells.copy_, x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c))
+def _native(b: Buffers) -> bool:
+    return b.step.device.type == "cpu" and native is not None
 
 
-def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> Call:
+def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> tuple[str, Call]:
     x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
     n, c, h, w = x.shape
     # [N, h, f, w, f, C] -> channels (C, f, f): pixel_unshuffle's order.
     cells = x.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
-    return partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
+    return "torch", partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
 
 
-# What no operation does: moves, mostly once a walk.
 _COPIES: dict[type[Node], Any] = {
     nodes.TimeRow: _time_row,
     nodes.Advance: _advance,
-    nodes.Pool: _pool,
-    nodes.Nearest: _nearest,
     nodes.Unshuffle: _unshuffle,
 }

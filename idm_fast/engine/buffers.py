@@ -17,7 +17,7 @@ from idm_fast.engine.runtime import Runtime, runtime_of
 from idm_fast.kernels.channel_stats import ChannelStats
 
 ALIGNMENT = 256  # bytes: whole cache lines, and what every vector load and copy engine likes
-Placed = TypeVar("Placed", Value, StatsValue)
+Placed = TypeVar("Placed", bound=Operand)
 Stats = tuple[dict[StatsValue, ChannelStats], int]
 Life = tuple[int, int]  # numbers of the first and the last node that touch it
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from idm_fast.diffusion import SamplerTable
+from idm_fast.engine.autotune import Autotuner, Policy
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.graph import GraphLoop
 from idm_fast.engine.loop import EagerLoop, Loop
@@ -17,7 +19,7 @@ from idm_fast.engine.lower import Shape, lower
 from idm_fast.engine.memory import exhausted
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import Plan
-from idm_fast.engine.precision import chosen_dtype
+from idm_fast.engine.precision import chosen_device, chosen_dtype
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.errors import IdmFastError
@@ -29,8 +31,10 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """``backend``: kernel back ends in order of preference ("cpu,torch"); None: the fastest that can run each call.
+    """``backend``: kernel back ends in order of preference ("cpu,torch"); None: all of them.
 
+    ``autotune``: whether each call's back end is measured ("on"), looked up in what was measured before ("cached") or
+    the first of the table that can run it ("off"); ``cache``: the file of measurements, None for the user's own.
     ``weights``: those of another engine of the same network and dtype, to share them. ``arena``: memory that engines
     take turns in: ``run`` is safe then, ``load`` and ``step`` are those of one engine at a time.
     ``graph``: on CUDA a walk is captured and replayed; False: call by call. ``cache_every`` k > 1 is lossy: only every
@@ -40,6 +44,8 @@ class EngineOptions:
     backend: str | None = None
     weights: PackedWeights | None = None
     arena: Arena | None = None
+    autotune: Policy = "cached"
+    cache: Path | None = None
     graph: bool = True
     cache_every: int = 1
 
@@ -56,9 +62,9 @@ class Memory:
 class Engine:
     """Made by ``Engine.compile``. One walk at a time: ``run`` waits for another thread's to end."""
 
-    def __init__(self, plan: Plan, tables: StepTables, weights: PackedWeights, arena: Arena, loop: Loop) -> None:
-        self._plan, self._tables, self._loop, self.weights, self.arena = plan, tables, loop, weights, arena
-        self._table: SamplerTable | None = None
+    def __init__(self, plan: Plan, table: SamplerTable, weights: PackedWeights, arena: Arena, loop: Loop) -> None:
+        self._plan, self._tables, self._loop, self.weights, self.arena = plan, plan.tables, loop, weights, arena
+        self._table = table
 
     @classmethod
     @torch.inference_mode(False)
@@ -79,7 +85,7 @@ class Engine:
         ends of which none can run some call; ``OutOfMemory`` with the need and what there is.
         """
         options = options or EngineOptions()
-        place = torch.device(device)
+        place = chosen_device(device)
         kind, quantised = chosen_dtype(dtype, place)
         _check(model, shape)
         weights = options.weights or PackedWeights(model, kind, place)
@@ -89,19 +95,22 @@ class Engine:
             raise IdmFastError(f"Engine: cache_every must be 1 for a network of one level, got {options.cache_every}")
         lowered = lower(model, shape, kind, quantised=quantised, reusable=options.cache_every > 1)
         tables = StepTables(lowered, weights, table.evaluations)
+        tuner = Autotuner(options.autotune, options.cache)
         arena = options.arena or Arena(place)
         try:
             with nullcontext() if options.backend is None else use_backend(options.backend), arena.turn():
-                plan = Plan(lowered, tables, weights, shape[0], arena)
+                tables.load(table)
+                tables.refresh()
+                tables.row.copy_(tables.rows[:1])  # to be measured, a quantised call needs its steps
+                plan = Plan(lowered, tables, weights, shape[0], arena, tuner)
         except BackendError as error:
             raise IdmFastError(str(error)) from None
         except torch.OutOfMemoryError as error:
             raise exhausted(shape, error) from None
+        tuner.save()
         eager = EagerLoop(plan, tables, weights, options.cache_every)
         loop = GraphLoop(eager, arena.graphs) if options.graph and arena.runtime.captures else eager
-        engine = cls(plan, tables, weights, arena, loop)
-        engine.use_table(table)
-        return engine
+        return cls(plan, table, weights, arena, loop)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -110,7 +119,7 @@ class Engine:
 
     @property
     def table(self) -> SamplerTable:
-        assert self._table is not None
+        """What ``run`` walks."""
         return self._table
 
     @property

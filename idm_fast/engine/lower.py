@@ -18,10 +18,9 @@ from idm_fast.engine.nodes import (
     Coefficients,
     Columns,
     Conv,
-    Nearest,
     Node,
     Norm,
-    Pool,
+    Resample,
     StatsValue,
     TimeRow,
     Unshuffle,
@@ -217,17 +216,12 @@ class _Lowering:
                 out=normed,
             )
         )  # fmt: skip
-        return self._pool(f"{path}.norm1", normed)
+        return self._resample(f"{path}.norm1", normed, up=False)
 
     def _shortcut(self, block: ResBlock, path: str, x: Image, skip: Image | None) -> dict[str, Any]:
         """What the block adds to its second convolution's result."""
-        if block.resize == "up":
-            n, c, h, w = x.value.shape
-            out = Value(f"{path}.nearest", (n, c, 2 * h, 2 * w), self.dtype)
-            self.nodes.append(Nearest(layer=path, x=x.value, out=out))
-            return {"residual": out}
-        if block.resize == "down":
-            return {"residual": self._pool(path, x.value)}
+        if block.resize is not None:
+            return {"residual": self._resample(path, x.value, block.resize == "up")}
         if isinstance(block.skip, torch.nn.Identity):
             return {"residual": x.value}
         second = None if skip is None else skip.value
@@ -241,10 +235,10 @@ class _Lowering:
         )  # fmt: skip
         return {"residual": alone.value}
 
-    def _pool(self, path: str, x: Value) -> Value:
+    def _resample(self, path: str, x: Value, up: bool) -> Value:
         n, c, h, w = x.shape
-        out = Value(f"{path}.pooled", (n, c, h // 2, w // 2), self.dtype)
-        self.nodes.append(Pool(layer=path, x=x, out=out))
+        out = Value(f"{path}.resized", (n, c, 2 * h, 2 * w) if up else (n, c, h // 2, w // 2), self.dtype)
+        self.nodes.append(Resample(layer=path, x=x, up=up, out=out))
         return out
 
     def _attention(self, module: Attention, path: str, x: Image) -> Image:

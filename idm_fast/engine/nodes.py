@@ -201,21 +201,13 @@ class Attend(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool(Node):
-    """Mean of 2 x 2 positions."""
+class Resample(Node):
+    """``resample2x``: every position four times (``up``), or the mean of 2 x 2."""
 
     x: Value
+    up: bool
     out: Value
-    op = "pool"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nearest(Node):
-    """Every position four times."""
-
-    x: Value
-    out: Value
-    op = "nearest"
+    op = "resample2x"
 
 
 @dataclass(frozen=True, kw_only=True)

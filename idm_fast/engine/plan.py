@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from idm_fast.engine.bind import BoundNode, bind, pieces
+from idm_fast.engine.autotune import Autotuner
+from idm_fast.engine.bind import Binder, BoundNode, Call
 from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
 from idm_fast.engine.memory import require
 from idm_fast.engine.nodes import Conv
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
+from idm_fast.kernels.program import joined
 
 
 class Plan:
@@ -20,7 +22,9 @@ class Plan:
     Both read and write only the plan's buffers, its tables and the weights, so a graph may capture either.
     """
 
-    def __init__(self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int, arena: Arena) -> None:
+    def __init__(
+        self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int, arena: Arena, tuner: Autotuner
+    ) -> None:
         self.lowered, self.tables = lowered, tables
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=weights.device)
         nodes = (*lowered.setup, *lowered.step)
@@ -30,12 +34,15 @@ class Plan:
         memory = arena.take(self.nbytes)
         tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
         self.buffers = Buffers(tensors, {}, tables.row, tables.rows, tables.coefficients, tables.step, self.seeds)
-        counts = {n.out_stats: pieces(n, self.buffers, weights) for n in nodes if isinstance(n, Conv) and n.out_stats}
+        binder = Binder(self.buffers, weights, tuner)
+        counts = {n.out_stats: binder.pieces(n) for n in nodes if isinstance(n, Conv) and n.out_stats}
         self.buffers.stats, self.stats_nbytes = statistics(nodes, counts, weights.device)
-        self.setup_calls = [bind(node, self.buffers, weights) for node in lowered.setup]
-        self.step_calls = [bind(node, self.buffers, weights) for node in lowered.step]
+        self.setup_calls = [binder.bind(node) for node in lowered.setup]
+        self.step_calls = [binder.bind(node) for node in lowered.step]
         begin, end = lowered.inner
-        self._outer_calls = [*self.step_calls[:begin], *self.step_calls[end:]]
+        # Neighbours that are native calls run as one program, without Python in between.
+        self._setup, self._step = _joined(self.setup_calls), _joined(self.step_calls)
+        self._outer = _joined([*self.step_calls[:begin], *self.step_calls[end:]])
 
     @property
     def x(self) -> Tensor:
@@ -50,13 +57,14 @@ class Plan:
         return None if self.lowered.cond is None else self.buffers.tensors[self.lowered.cond]
 
     def setup(self) -> None:
-        _run(self.setup_calls)
+        for call in self._setup:
+            call()
 
     def step(self, reuse: bool = False) -> None:
         """``reuse``: without the inner levels, whose last result is still there."""
-        _run(self._outer_calls if reuse else self.step_calls)
+        for call in self._outer if reuse else self._step:
+            call()
 
 
-def _run(calls: list[BoundNode]) -> None:
-    for bound in calls:
-        bound.call()
+def _joined(calls: list[BoundNode]) -> list[Call]:
+    return joined([bound.call for bound in calls])

@@ -1,4 +1,4 @@
-"""Number formats: their names, and which one a device does best."""
+"""Devices and number formats: their names, and which a machine does best."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ def default_dtype(device: torch.device) -> torch.dtype:
         return torch.float16
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return torch.bfloat16 if device.type == "cpu" and supported is not None and supported() else torch.float32
+
+
+def chosen_device(name: torch.device | str | None) -> torch.device:
+    """None: CUDA where there is one. Raises ``IdmFastError`` for one that is unknown or not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise IdmFastError(f"device must be cpu, cuda or cuda:N, got {name!r}: {error}".splitlines()[0]) from None
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        here = ["cpu", *(f"cuda:{i}" for i in range(count))]
+        raise IdmFastError(f"device must be one of this machine's = {', '.join(here)}, got {device}")
+    return device
 
 
 def chosen_dtype(dtype: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, bool]:
