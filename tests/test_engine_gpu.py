@@ -189,8 +189,8 @@ def test_a_setting_that_is_not_the_captured_one(device: torch.device) -> None:
 
 def test_a_failed_capture_leaves_stream_and_engine_in_order(device: torch.device) -> None:
     made, inputs = _compile(device), _inputs(device)
-    calls, stream = made._plan.step_calls, torch.cuda.current_stream()
-    calls.insert(0, replace(calls[0], call=lambda: made._tables.step.item()))
+    calls, stream = made._plan._step, torch.cuda.current_stream()
+    calls.insert(0, lambda: made._tables.step.item())
     with pytest.raises(RuntimeError):
         made.run(*inputs)
     assert torch.cuda.current_stream() == stream
