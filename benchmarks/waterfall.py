@@ -28,7 +28,7 @@ from idm_fast.bench.timing import Candidate, interleaved
 from idm_fast.bench.workload import DTYPES, Workload, psnr, workload
 from idm_fast.engine import plan as engine_plan
 from idm_fast.engine.lower import Lowered, lower
-from idm_fast.engine.nodes import Conv, Nearest, Node, Value, Weight
+from idm_fast.engine.nodes import Conv, Node, Resample, Value, Weight
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 from idm_fast.ops import OPS
@@ -61,7 +61,7 @@ def without_phases(lowered: Lowered, work: Workload) -> Lowered:
         if isinstance(node, Conv) and node.upsample:
             n, c, h, w = node.x.shape
             large = Value(f"{node.layer}.large", (n, c, 2 * h, 2 * w), node.x.dtype)
-            step.append(Nearest(layer=node.layer, x=node.x, out=large))
+            step.append(Resample(layer=node.layer, x=node.x, up=True, out=large))
             node = replace(node, x=large, upsample=False, weight=Weight(node.weight.name, "conv"))
         step.append(node)
     return replace(lowered, step=tuple(step))

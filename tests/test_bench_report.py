@@ -17,7 +17,7 @@ from PIL import Image
 from idm_fast.bench import ours, plot
 from idm_fast.bench.roofline import Ceilings
 from idm_fast.bench.workload import DTYPES, psnr, workload
-from idm_fast.engine.nodes import Conv, Nearest
+from idm_fast.engine.nodes import Conv, Resample
 
 ROOT = Path(__file__).resolve().parents[1]
 Load = Callable[[str, Path], ModuleType]
@@ -124,7 +124,7 @@ def test_what_is_switched_off_changes_no_result(waterfall: ModuleType, tiny_mode
     assert waterfall.engine(waterfall.without_phases)(work, "fp32").launches == plain.launches + phases
     again = ours.engine(work, "fp32")  # everything is switched on again
     assert [node.backend for node in again.nodes] == [node.backend for node in plain.nodes]
-    assert not any(isinstance(node, Nearest) for node in again.nodes)
+    assert not any(isinstance(node, Resample) for node in again.nodes)
     assert ours.run(again, work).equal(expected)
 
 

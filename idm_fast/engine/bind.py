@@ -150,7 +150,8 @@ def _advance(_: Any, b: Buffers) -> tuple[str, Call]:
 
 
 def _native(b: Buffers) -> bool:
-    return b.step.device.type == "cpu" and native is not None
+    forced = dispatch.forced_backends()
+    return b.step.device.type == "cpu" and native is not None and (not forced or "cpu" in forced)
 
 
 def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> tuple[str, Call]:

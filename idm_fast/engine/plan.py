@@ -40,9 +40,10 @@ class Plan:
         self.setup_calls = [binder.bind(node) for node in lowered.setup]
         self.step_calls = [binder.bind(node) for node in lowered.step]
         begin, end = lowered.inner
+        self._outer_calls = [*self.step_calls[:begin], *self.step_calls[end:]]
         # Neighbours that are native calls run as one program, without Python in between.
         self._setup, self._step = _joined(self.setup_calls), _joined(self.step_calls)
-        self._outer = _joined([*self.step_calls[:begin], *self.step_calls[end:]])
+        self._outer = _joined(self._outer_calls)
 
     @property
     def x(self) -> Tensor:
