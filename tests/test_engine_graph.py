@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from idm_fast.config import UNetConfig, preset
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise
-from idm_fast.engine import Engine, EngineOptions, bind, graph
+from idm_fast.engine import Engine, EngineOptions, graph
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.memory import OutOfMemory
 from idm_fast.errors import IdmFastError
@@ -165,9 +165,7 @@ def _update(
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every call is one of torch's: it is those that the recorder sees."""
-    monkeypatch.setattr(bind, "_native", lambda buffers: False)
+def update_on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = ModuleType("update_on_device")
     module.update = _update  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "update_on_device", module)
