@@ -98,6 +98,8 @@ def test_a_workload_is_reproducible_and_says_what_it_is(tiny: Workload) -> None:
 def test_wrong_workloads(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(IdmFastError, match=said):
         workload.workload(**arguments)
+    with pytest.raises(IdmFastError, match=said):
+        workload.check(**arguments)
 
 
 def test_psnr() -> None:
