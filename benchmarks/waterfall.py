@@ -98,7 +98,8 @@ def torch_convolutions() -> Iterator[None]:
 def engine(
     *rewrites: Rewrite, torch_convs: bool = False, program: bool = False, dtype: str | None = None
 ) -> Callable[[Workload, str], Made]:
-    """A stage that compiles the plan with something switched off again."""
+    """A stage that compiles the plan with something switched off again. ``program``: the calls run without Python in
+    between, as a native program on a CPU and as a graph on CUDA."""
 
     def make(work: Workload, low: str) -> Made:
         with ExitStack() as stack:
@@ -114,7 +115,7 @@ def engine(
                 return lowered
 
             stack.enter_context(patch("idm_fast.engine.engine.lower", changed))
-            compiled = ours.engine(work, dtype or low)
+            compiled = ours.engine(work, dtype or low, graph=program)
         return Made(lambda: ours.run(compiled, work), compiled.launches, dtype or low)
 
     return make
@@ -138,7 +139,7 @@ STAGES = (
     Stage("our convolutions, norm and sums inside", engine(without_phases, without_hoisting)),
     Stage("nearest 2x as four phases", engine(without_hoisting)),
     Stage("the condition's half once a walk", engine()),
-    Stage("no Python between calls", engine(program=True), ("cpu",)),
+    Stage("no Python between calls: program, graph", engine(program=True)),
     Stage("int8 (lossy)", engine(program=True, dtype="int8"), ("cpu",)),
 )
 
