@@ -99,11 +99,11 @@ def engine(
     *rewrites: Rewrite,
     torch_convs: bool = False,
     program: bool = False,
-    graph: bool = False,
     dtype: str | None = None,
     cache_every: int = 1,
 ) -> Callable[[Workload, str], Made]:
-    """A stage that compiles the plan with something switched off again."""
+    """A stage that compiles the plan with something switched off again. ``program``: the calls run without Python in
+    between, as a native program on a CPU and as a graph on CUDA."""
 
     def make(work: Workload, low: str) -> Made:
         with ExitStack() as stack:
@@ -119,7 +119,7 @@ def engine(
                 return lowered
 
             stack.enter_context(patch("idm_fast.engine.engine.lower", changed))
-            compiled = ours.engine(work, dtype or low, graph=graph, cache_every=cache_every)
+            compiled = ours.engine(work, dtype or low, graph=program, cache_every=cache_every)
         return Made(lambda: ours.run(compiled, work), compiled.launches, dtype or low)
 
     return make
@@ -136,8 +136,9 @@ def _modules(work: Workload, low: str) -> Made:
 
 
 def _reusing(work: Workload, low: str) -> Made:
+    """After all that the device has."""
     dtype = "int8" if work.device.type == "cpu" else low
-    return engine(program=True, graph=True, dtype=dtype, cache_every=2)(work, low)
+    return engine(program=True, dtype=dtype, cache_every=2)(work, low)
 
 
 STAGES = (
@@ -148,8 +149,7 @@ STAGES = (
     Stage("our convolutions, norm and sums inside", engine(without_phases, without_hoisting)),
     Stage("nearest 2x as four phases", engine(without_hoisting)),
     Stage("the condition's half once a walk", engine()),
-    Stage("no Python between calls", engine(program=True), ("cpu",)),
-    Stage("the whole walk as one graph", engine(graph=True), ("cuda",)),
+    Stage("no Python between calls: program, graph", engine(program=True)),
     Stage("int8 (lossy)", engine(program=True, dtype="int8"), ("cpu",)),
     Stage("inner levels every second step (lossy)", _reusing),
 )

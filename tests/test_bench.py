@@ -98,6 +98,8 @@ def test_a_workload_is_reproducible_and_says_what_it_is(tiny: Workload) -> None:
 def test_wrong_workloads(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(IdmFastError, match=said):
         workload.workload(**arguments)
+    with pytest.raises(IdmFastError, match=said):
+        workload.check(**arguments)
 
 
 def test_psnr() -> None:
@@ -286,3 +288,13 @@ def test_the_profile_command(
     assert (tmp_path / "roofline.png").is_file()
     assert (tmp_path / "torch.json").is_file() == (not more)
     assert main([*command, "--no-engine", "--dtype", "int8"]) == 2
+
+
+def test_what_diffusers_cannot_say() -> None:
+    from idm_fast.bench.peers.diffusers_peer import differences
+
+    said = {name: "; ".join(differences(PRESETS[name].unet, 2)) for name in ("idm-128", "sr3-128", "gd-256")}
+    assert "2 residual blocks in every level, ours (1, 2, 1)" in said["idm-128"]
+    assert "time embedding 256 wide, ours 128" in said["idm-128"]
+    assert "q, k and v with bias" in said["sr3-128"]
+    assert "ours by residual blocks" in said["gd-256"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from contextlib import suppress
@@ -37,12 +38,14 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 def used_bytes(device: torch.device) -> int | None:
     """Memory in use now: of the device, or what of this process is resident. None where the system does not say."""
+    gc.collect()
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         return total - free
+    with suppress(OSError, AttributeError):  # what was freed goes back first, where this C library can do that
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,13 @@ from idm_fast.engine import Engine, EngineOptions
 from idm_fast.kernels import use_backend
 
 
-def engine(
-    workload: Workload, dtype: str, backend: str | None = None, *, graph: bool = True, cache_every: int = 1
-) -> Engine:
+def engine(workload: Workload, dtype: str, backend: str | None = None, **options: Any) -> Engine:
     """The compiled plan of a workload. ``dtype``: fp32, bf16, fp16 or int8; ``backend``: kernels to prefer;
-    ``graph`` and ``cache_every``: as in ``EngineOptions``."""
+    ``options``: more of ``EngineOptions``."""
     height, width = workload.size
     return Engine.compile(
         workload.model, (workload.batch, height, width), workload.table, dtype=dtype, device=workload.device,
-        options=EngineOptions(backend=backend, graph=graph, cache_every=cache_every),
+        options=EngineOptions(backend=backend, **options),
     )  # fmt: skip
 
 

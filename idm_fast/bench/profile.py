@@ -22,6 +22,7 @@ from idm_fast.bench.roofline import Ceilings
 from idm_fast.bench.work import Layer
 from idm_fast.bench.workload import DTYPES, Workload
 from idm_fast.engine import Engine
+from idm_fast.engine.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,18 @@ class Clock:
 @torch.no_grad()
 def of_engine(engine: Engine, workload: Workload, repeats: int) -> Profile:
     """Medians over ``repeats`` evaluations."""
-    nodes, run = engine.nodes, prepared(engine)
-    quantised = DTYPES["int8"]
+    nodes, quantised = engine.nodes, DTYPES["int8"]
     laps: list[list[float]] = []
     for _ in range(repeats + 1):
         engine.load(workload.start, workload.seeds, workload.cond)
         clock = Clock(workload.device)
-        for node, call in zip(nodes, run, strict=True):
+
+        def around(node: Node, call: Callable[[], object], clock: Clock = clock) -> None:
             clock.tick()
             with marked(f"{node.layer} {node.op}", workload.device):
                 call()
+
+        engine.visit(around)
         clock.tick()
         laps.append(clock.laps())
     medians = [statistics.median(values) for values in zip(*laps[1:], strict=True)]
@@ -142,11 +145,6 @@ def of_engine(engine: Engine, workload: Workload, repeats: int) -> Profile:
         for node, seconds in zip(nodes, medians, strict=True)
     )  # fmt: skip
     return Profile(calls, _step(lambda: ours.run(engine, workload), workload, repeats), "engine")
-
-
-def prepared(engine: Engine) -> list[Callable[[], Any]]:
-    """The calls behind ``engine.nodes``, in that order."""
-    return [bound.call for bound in engine._plan.step_calls]
 
 
 @torch.no_grad()

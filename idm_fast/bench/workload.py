@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -89,15 +89,10 @@ def workload(
     A preset with trained weights in the package runs on them; others on random ones, whose pictures show nothing:
     there PSNR says how rounding grows, not what it costs in quality. Raises ``IdmFastError`` naming what is wrong.
     """
-    if batch < 1 or steps < 1:
-        raise IdmFastError(f"batch and steps must be >= 1, got {batch} and {steps}")
+    check(name, batch=batch, size=size, steps=steps)
     device = torch.device(device)
     config, model, weights = _network(name)
-    u, side = config.unet, size or config.unet.image_size
-    if side < 1 or side % u.size_multiple:
-        raise IdmFastError(f"size must be a multiple of {u.size_multiple} for {name}, got {side}")
-    if u.num_classes:
-        raise IdmFastError(f"preset must be a network without classes, got {name} with {u.num_classes}")
+    u, side = config.unet, config.unet.image_size if size is None else size
     table = build_table(
         Schedule.from_config(config.diffusion), config.diffusion.prediction, config.sampler, steps, clamp=1.0
     )
@@ -107,12 +102,25 @@ def workload(
     return Workload(name, config, model, weights, device, table, start, seeds, cond)
 
 
+def check(name: str, *, batch: int = 1, size: int | None = None, steps: int = 4) -> None:
+    """Raises what ``workload`` would, without making the network."""
+    if batch < 1 or steps < 1:
+        raise IdmFastError(f"batch and steps must be >= 1, got {batch} and {steps}")
+    config = PRESETS[name] if name in PRESETS else _network(name)[0]
+    side, multiple = config.unet.image_size if size is None else size, config.unet.size_multiple
+    if side < 1 or side % multiple:
+        raise IdmFastError(f"size must be a multiple of {multiple} for {name}, got {side}")
+    if config.unet.num_classes:
+        raise IdmFastError(f"preset must be a network without classes, got {name} with {config.unet.num_classes}")
+
+
 def psnr(result: Tensor, truth: Tensor) -> float:
     """Of pictures in [-1, 1], dB, at most ``PSNR_MOST``."""
     error = float((result.double().cpu() - truth.double().cpu()).square().mean())
     return PSNR_MOST if error == 0 else min(PSNR_MOST, float(10 * torch.log10(torch.tensor(4.0 / error))))
 
 
+@lru_cache(maxsize=1)  # the same one for all batches, sizes and steps; nobody changes it
 def _network(name: str) -> tuple[ModelConfig, UNet, str]:
     if name in PRESETS and SHIPPED.get(name) not in shipped():
         return PRESETS[name], _random(PRESETS[name]), "random (seed 0)"

@@ -17,7 +17,7 @@ from idm_fast.bench.machine import machine
 from idm_fast.bench.peers import PEERS
 from idm_fast.bench.rows import OURS, Asked, check_peers, measure
 from idm_fast.bench.text import table
-from idm_fast.bench.workload import DTYPES, names, workload
+from idm_fast.bench.workload import DTYPES, check, names, workload
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 from idm_fast.registry import Target
@@ -30,16 +30,16 @@ its pictures with plain torch's in float32. A result of ours that is wrong is no
 "of roof" is T_roof / measured, with T_roof the sum over layers of max(FLOPs / P, weight bytes / B, activation bytes /
 B_cache); P is a big product of the dtype, B a big copy and B_cache a small one, measured first. It counts the network
 as its family defines it, so that doing less than that can pass 100 %."""
-_EPILOG = """memory is what the process (CPU) or device (CUDA) held more after building and one walk. launches are
-kernels (CUDA), or operators (CPU; of ours the engine's calls). A peer that is not installed, or fails, is named with
-its reason.
+_EPILOG = """memory is what the process (CPU) or device (CUDA) held more after building and one walk; rough on a
+CPU, where what others gave back is used again. launches are kernels (CUDA), or operators (CPU; of ours the engine's
+calls). A peer that is not installed, or fails, is named with its reason.
 
 exit code: 0 all good, 1 ours failed somewhere, 2 wrong usage.
 
 examples:
   idm-fast bench                                              idm-128 on this machine
   idm-fast bench --preset sr3-128 --dtype bf16 int8 --peers --json out.json
-  idm-fast bench --peers eager openvino --threads 2
+  idm-fast bench --peers eager openvino --threads 2           pip install "idm_fast[peers]" brings those of a CPU
   idm-fast bench --batch 1 2 4 8 --json out.json              how the cost grows; also --size and --steps
   python benchmarks/report.py out.json                        tables and pictures of it (in a checkout)
 """
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     alone = str(args.json) == "-"
     combinations = list(product(args.preset, args.size or [None], args.batch, args.steps))
     for preset, size, batch, steps in combinations:  # a wrong one ends the run here, before any time is spent
-        workload(preset, batch=batch, size=size, steps=steps, device="cpu")
+        check(preset, batch=batch, size=size, steps=steps)
 
     kinds = [DTYPES[name] for name in dict.fromkeys([*asked.dtypes, _name(default), "fp32"])]
     ceilings = roofline.measure(str(device), kinds, cached=True)
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         if not alone and found.rows:
             print(table(found.rows), end="\n\n", flush=True)
         for each in found.absent:
-            print(f"idm-fast: not timed: {each['name']} {each['dtype']}: {each['reason']}", file=sys.stderr)
+            who = f"{each['name']} {each['dtype']}".rstrip()
+            print(f"idm-fast: not timed: {who}: {each['reason']}", file=sys.stderr)
         _write(report, args.json)
     if alone:
         print(json.dumps(report, indent=1))

@@ -241,6 +241,16 @@ class Engine:
             self._loop.moved(-1)
         return tuple(medians)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def visit(self, around: Callable[[Node, Callable[[], object]], None]) -> None:
+        """The first evaluation, call by call and without a graph: ``around(node, call)`` runs each. For profiles."""
+        with self.arena.turn():
+            self._tables.step.zero_()
+            for bound in self._plan.step_calls:
+                around(bound.node, bound.call)
+            self._loop.moved(-1)
+
 
 def _check(model: UNet, shape: Shape) -> None:
     c, multiple = model.config, model.config.size_multiple

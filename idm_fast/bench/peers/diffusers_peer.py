@@ -85,6 +85,9 @@ def differences(config: UNetConfig, blocks: int) -> list[str]:
         found.append(f"{blocks} residual blocks in every level, ours {config.num_res_blocks}")
     if (config.embed_channels or 4 * config.model_channels) != 4 * config.model_channels:
         found.append(f"time embedding {4 * config.model_channels} wide, ours {config.embed_width}")
+    without = set(range(len(config.channel_mult))) - set(config.attention_levels)
+    if config.resample == "resblock" and without:
+        found.append("resolution changes by one convolution where a level has no attention, ours by residual blocks")
     if not config.qkv_bias:
         found.append("q, k and v with bias")
     if not config.num_head_channels and config.num_heads != 1:
