@@ -15,6 +15,7 @@ from torch import Tensor
 from idm_fast.config import ModelConfig
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, noised_start, sample
 from idm_fast.engine import Engine, EngineOptions, Memory
+from idm_fast.engine.buckets import bucket, padded
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.engine import Callback
 from idm_fast.engine.memory import OutOfMemory
@@ -157,9 +158,11 @@ class CropRestorer:
             return sample(
                 lambda x, t: self.module(x, t, y), table, start, seeds, callback=report, network_dtype=self.dtype
             )
+        size = bucket(len(y)) if self._arena.runtime.captures else len(y)  # a CPU gains nothing by it
         try:
             with self._arena.lock:
-                return self._engine(len(y), table).run(start, seeds, y, report)
+                images = (padded(tensor, size) for tensor in (start, seeds, y))
+                return self._engine(size, table).run(*images, report)[: len(y)]
         except OutOfMemory as error:
             if len(y) == 1:
                 raise
@@ -194,4 +197,4 @@ class CropRestorer:
         if self._engines is None:
             return Memory(sum(p.nbytes for p in self.module.parameters()), 0)
         own = sum(engine.memory().workspace - engine.arena.nbytes for engine in self._engines.values())
-        return Memory(self._weights.nbytes, self._arena.nbytes + own)
+        return Memory(self._weights.nbytes, self._arena.nbytes + own, self._arena.graphs.nbytes)

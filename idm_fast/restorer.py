@@ -181,7 +181,9 @@ class Restorer:
                     if progress is not None:
                         progress(before + (e + 1) * size, evaluations)
 
-                for n, crop, out in zip(batch, y, model.restore(y, seeds, settings, report), strict=True):
+                # Where nobody watches, a GPU runs the whole walk as one graph.
+                out_crops = model.restore(y, seeds, settings, None if progress is None else report)
+                for n, crop, out in zip(batch, y, out_crops, strict=True):
                     before_crops[n], restored[n] = crop, out
                 done = before + model.evaluations(settings) * len(batch)
         return before_crops, restored

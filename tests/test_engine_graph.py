@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from idm_fast.config import UNetConfig, preset
+from idm_fast.config import DiffusionConfig, ModelConfig, UNetConfig, preset
+from idm_fast.crops import CropRestorer, SampleSettings
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise
 from idm_fast.engine import Engine, EngineOptions, graph
+from idm_fast.engine.buckets import bucket
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.memory import OutOfMemory
 from idm_fast.errors import IdmFastError
@@ -376,3 +378,16 @@ def test_two_engines_in_three_threads(runtime: FakeRuntime, shared: bool) -> Non
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_batches_go_in_buckets_of_one_pool(arena: Arena) -> None:
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
+    config = ModelConfig("tiny", TINY, DiffusionConfig("cosine_continuous", "x0"), steps=2)
+    plain, made = (CropRestorer(config, _network(), CPU, "fp32", "torch") for _ in range(2))
+    made._arena = arena
+    for count in (4, 3, 1, 2, 3):
+        _, seeds, y = _inputs(count)
+        expected = plain.restore(y, seeds, SampleSettings())
+        assert (made.restore(y, seeds, SampleSettings()) - expected).abs().max() < 1e-5
+    assert arena.graphs.captures == 3
+    assert made.memory().graph_pool == 1000 + 3 * 100
