@@ -66,6 +66,15 @@ def test_a_folder_is_restored_with_its_structure(run: Run, faces: Path, tmp_path
     assert files(out) == {"a.png", "b.jpg", "deeper/c.png"} | compared
 
 
+def test_int8_says_what_it_costs_and_needs_the_engine(run: Run, faces: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert run(faces / "a.png", "-o", tmp_path / "a.png", "--dtype", "int8") == 0
+    assert "int8 is lossy: 47 to 56 dB PSNR to fp32" in capsys.readouterr().err
+    assert run(faces / "a.png", "-o", tmp_path / "b.png", "--no-engine", "--dtype", "fp32") == 0
+    assert files(tmp_path) >= {"a.png", "b.png"}
+    assert run(faces / "a.png", "-o", tmp_path / "c.png", "--no-engine", "--dtype", "int8") == 2
+    assert "without the engine, got int8" in capsys.readouterr().err
+
+
 def test_one_broken_file_does_not_stop_the_rest(run: Run, faces: Path, tmp_path: Path, capsys: Captured) -> None:
     (faces / "aa.png").write_bytes((faces / "a.png").read_bytes()[:200])
     (faces / "empty.jpg").write_bytes(b"")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from idm_fast.cli.inputs import collect
 from idm_fast.cli.session import Session
 from idm_fast.diffusion import SOLVERS
+from idm_fast.engine.precision import INT8, INT8_COST
 from idm_fast.kernels import BACKENDS
 from idm_fast.registry import DEFAULT_MODEL, FAMILIES, shipped
 from idm_fast.restorer import Restorer
@@ -76,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.dtype == INT8:
+        print(f"idm-fast: int8 is lossy: {INT8_COST}", file=sys.stderr)
     jobs = collect(args.inputs, args.output, args.suffix, args.ext)
     restorer = Restorer.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, backend=args.backend, engine=args.engine

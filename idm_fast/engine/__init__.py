@@ -1,9 +1,12 @@
 """The engine: a network as a static plan of fused operations on packed weights, run without a decision in the loop.
 
-nodes.py    what a plan is made of                 lower.py      network and shape -> nodes
-weights.py  parameters as the operations take them tables.py     what changes from step to step
-bind.py     node -> prepared call                  plan.py       all of them, on their buffers
-precision.py  number formats                       engine.py     ``Engine``: compile, run, memory
+nodes.py      what a plan is made of                  lower.py       network and shape -> nodes
+weights.py    parameters as the operations take them  tables.py      what changes from step to step
+buffers.py    where values lie, who shares memory     memory.py      how much there is
+autotune.py   back ends by measurement                bind.py        node -> call without arguments
+plan.py       all calls, on their buffers             precision.py   devices, number formats, their limits
+loop.py       a walk call by call                     graph.py       a walk as CUDA graphs (graph_pool.py, runtime.py)
+engine.py     ``Engine``: compile, run, memory
 """
 
 from idm_fast.engine.engine import Engine, EngineOptions, Memory

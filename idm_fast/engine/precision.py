@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from idm_fast.engine.bind import BoundNode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8_COST = "47 to 56 dB PSNR to fp32 in 1 and 4 steps, measured on 8 validation faces with idm-face-128 and -256"
 INT8 = "int8"  # bfloat16 (float32 without its instructions) between convolutions on 8-bit integers; CPU only
 
 
