@@ -161,8 +161,8 @@ class CropRestorer:
         size = bucket(len(y)) if self._arena.runtime.captures else len(y)  # a CPU gains nothing by it
         try:
             with self._arena.lock:
-                images = (padded(tensor, size) for tensor in (start, seeds, y))
-                return self._engine(size, table).run(*images, report)[: len(y)]
+                x, keys, cond = (padded(tensor, size) for tensor in (start, seeds, y))
+                return self._engine(size, table).run(x, keys, cond, report)[: len(y)]
         except OutOfMemory as error:
             if len(y) == 1:
                 raise

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from idm_fast.ops import NAMES
 
@@ -116,6 +117,23 @@ def test_an_unknown_stage_is_wrong_usage(gpu: ModuleType, tmp_path: Path, monkey
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--out", str(tmp_path), "--stages", "nonsense"])
     assert ended.value.code == 2
+
+
+def test_graphs_against_calls(
+    load_file: Callable[[str, Path], ModuleType], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = load_file("graphs", ROOT / "benchmarks" / "graphs.py")
+    report = tmp_path / "graphs.json"
+    quick = ["--preset", str(tiny_model), "--device", "cpu", "--seconds", "0", "--json", str(report)]
+    assert graphs.main([*quick, "--batch", "1", "2"]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["batch"], row["equal"], row["captures"]) for row in rows] == [(1, True, 0), (2, True, 0)]
+    assert all(row["graph"]["ms_per_step"] > 0 for row in rows)
+    noise = (torch.full((1, 3, 32, 32), float(i)) for i in range(9))
+    monkeypatch.setattr(graphs.ours, "run", lambda made, work: next(noise))
+    assert graphs.main(quick) == 1
+    assert json.loads(report.read_text())["rows"][0]["largest_difference"] == 1.0
+    assert graphs.main(["--preset", "nobody", "--device", "cpu"]) == 2
 
 
 def test_run_json_holds_the_figures(gpu: ModuleType, tmp_path: Path) -> None:
