@@ -1,10 +1,11 @@
 """One command for a machine with a CUDA device: ``python benchmarks/gpu.py --out DIR --budget-seconds 480``.
 
-Runs offline, what matters most first: build, gpu tests, benchmarks of the important operations, a sample under
-compute-sanitizer, benchmarks of the rest. After each stage DIR/run.json is written anew, with the figures of the
-benchmarks in it; its output is in DIR/<stage>.log. A stage that fails or runs out of its time is recorded, and the next
-one runs; where the build fails, the rest runs on the sources without the native module. Without a CUDA device it says
-so and ends with 0; where there is a driver, but torch sees no device, with 1.
+Runs offline, what matters most first: build, gpu tests, graphs against calls, steps a second against peers, benchmarks
+of the important operations, the waterfall, a profile, the other networks, a sample under compute-sanitizer, the rest.
+What the budget cuts off, ``--stages`` runs later: names, or how they begin. After each stage DIR/run.json is written
+anew, with the figures of the benchmarks in it; its output is in DIR/<stage>.log. A stage that fails or runs out of its
+time is recorded, and the next one runs; where the build fails, the rest runs on the sources without the native module.
+Without a CUDA device it says so and ends with 0; where there is a driver, but torch sees no device, with 1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ PROBE_SECONDS = 120.0  # torch is slow to import from a cold disk
 KILL_SECONDS = 10.0  # a process that waits for a broken device may outlive SIGKILL
 TAIL = 2000  # characters of a log that run.json repeats
 TEST_PROCESSES = 8  # most of a test's time is Triton's compiler
+QUICK_PEERS = ("eager", "no_engine", "diffusers", "xformers")  # torch.compile takes minutes: a stage of its own
 # Where the time of a network goes, most first; operations that are not named here come after.
 IMPORTANT = ("conv2d", "attention", "group_norm_silu", "sampler_update")
 
@@ -66,20 +69,28 @@ def operations() -> list[str]:
     return sorted(names, key=lambda name: IMPORTANT.index(name) if name in IMPORTANT else len(IMPORTANT))
 
 
-def stages(out: Path) -> list[Stage]:
+def stages(out: Path, only: Sequence[str] = ()) -> list[Stage]:
     python = sys.executable
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
     arguments = os.environ.get("IDM_FAST_CMAKE_ARGS", "")
     offline = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "IDM_FAST_REQUIRE_NATIVE": "1"}
     sanitizer = [*tests(), "-k", "sanitizer", str(ROOT / "tests" / "test_gpu.py")]
     units = [*tests(), *processes(), "-k", "not sanitizer", f"--junitxml={out / 'gpu-tests.xml'}", str(ROOT / "tests")]
-    return [
+    stages = [
         Stage("build", build, 240, {**offline, "IDM_FAST_CMAKE_ARGS": f"{arguments} -DIDM_FAST_CUDA=ON".strip()}),
         Stage("gpu-tests", units, 150, passes=r"\b[1-9]\d* passed"),
+        script("graphs", 90, out, "--preset", "sr3-128", "idm-128", "--steps", "4", "16"),
+        steps("sr3-128", 60, out, "--preset", "sr3-128", "--peers", *QUICK_PEERS),
         *(benchmark(name, 25, out) for name in operations() if name in IMPORTANT),
+        steps("compile", 150, out, "--preset", "sr3-128", "--peers", "torch_compile"),
+        script("waterfall", 90, out, "--preset", "sr3-128", "--seconds", "10"),
+        profile("sr3-128", 60, out),
+        steps("others", 120, out, "--preset", "gd-256", "difface-512", "sr3-512", "idm-128", "--peers", "eager"),
+        steps("batch", 60, out, "--preset", "idm-128", "--batch", "1", "2", "4", "8", "16"),
         Stage("sanitizer", sanitizer, 120, passes=r"\b[1-9]\d* passed"),
         *(benchmark(name, 5, out) for name in operations() if name not in IMPORTANT),
     ]
+    return [stage for stage in stages if not only or stage.name.startswith(tuple(only))]
 
 
 def tests() -> list[str]:
@@ -101,6 +112,26 @@ def benchmark(name: str, seconds: int, out: Path) -> Stage:
     script = [sys.executable, str(ROOT / "benchmarks" / "ops.py"), "--device", "cuda", "--op", name]
     options = ["--seconds", "0.2", "--dtypes", "float16", "--total-seconds", str(seconds), "--json", str(report)]
     return Stage(f"ops-{name}", [*script, *options], seconds + 20, report=report)
+
+
+def script(name: str, limit: float, out: Path, *arguments: str) -> Stage:
+    """A script of this folder that takes --device and --json."""
+    report = out / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--device", "cuda", "--json", str(report)]
+    return Stage(name, [*command, *arguments], limit, report=report)
+
+
+def steps(name: str, limit: float, out: Path, *arguments: str) -> Stage:
+    """Steps a second; whatever peer is not here is named in the report with its reason."""
+    report = out / f"steps-{name}.json"
+    command = [sys.executable, "-m", "idm_fast", "bench", "--device", "cuda", "--json", str(report)]
+    return Stage(f"steps-{name}", [*command, *arguments], limit, report=report)
+
+
+def profile(preset: str, limit: float, out: Path) -> Stage:
+    folder = out / f"profile-{preset}"
+    command = [sys.executable, "-m", "idm_fast", "profile", "--device", "cuda", "--preset", preset]
+    return Stage(f"profile-{preset}", [*command, "--out", str(folder)], limit)
 
 
 def on_the_sources(out: Path) -> dict[str, str]:
@@ -249,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for run.json, the logs and the figures")
     parser.add_argument("--budget-seconds", type=float, default=480.0)
+    parser.add_argument("--stages", nargs="+", default=[], metavar="NAME", help="only those that begin so")
     args = parser.parse_args(arguments)
     begin = time.monotonic()
     out = args.out.resolve()
@@ -260,7 +292,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         print(f"no CUDA device: torch {about['machine']['torch']} sees none, so there is nothing to measure")
         return 0
-    results = run(stages(out), out, args.budget_seconds, about, begin)
+    todo = stages(out, args.stages)
+    if not todo:
+        parser.error(f"--stages must begin some of {', '.join(stage.name for stage in stages(out))}")
+    results = run(todo, out, args.budget_seconds, about, begin)
     return 0 if all(result.status == "ok" for result in results) else 1
 
 

@@ -96,7 +96,11 @@ def torch_convolutions() -> Iterator[None]:
 
 
 def engine(
-    *rewrites: Rewrite, torch_convs: bool = False, program: bool = False, dtype: str | None = None
+    *rewrites: Rewrite,
+    torch_convs: bool = False,
+    program: bool = False,
+    dtype: str | None = None,
+    cache_every: int = 1,
 ) -> Callable[[Workload, str], Made]:
     """A stage that compiles the plan with something switched off again. ``program``: the calls run without Python in
     between, as a native program on a CPU and as a graph on CUDA."""
@@ -115,7 +119,7 @@ def engine(
                 return lowered
 
             stack.enter_context(patch("idm_fast.engine.engine.lower", changed))
-            compiled = ours.engine(work, dtype or low, graph=program)
+            compiled = ours.engine(work, dtype or low, graph=program, cache_every=cache_every)
         return Made(lambda: ours.run(compiled, work), compiled.launches, dtype or low)
 
     return make
@@ -131,6 +135,12 @@ def _modules(work: Workload, low: str) -> Made:
     return Made(lambda: work.run(built.denoise, built.network_dtype), None, low)
 
 
+def _reusing(work: Workload, low: str) -> Made:
+    """After all that the device has."""
+    dtype = "int8" if work.device.type == "cpu" else low
+    return engine(program=True, dtype=dtype, cache_every=2)(work, low)
+
+
 STAGES = (
     Stage("eager, float32", lambda work, low: _eager(work, "fp32")),
     Stage("low precision, channels-last", _eager),
@@ -141,6 +151,7 @@ STAGES = (
     Stage("the condition's half once a walk", engine()),
     Stage("no Python between calls: program, graph", engine(program=True)),
     Stage("int8 (lossy)", engine(program=True, dtype="int8"), ("cpu",)),
+    Stage("inner levels every second step (lossy)", _reusing),
 )
 
 

@@ -92,17 +92,30 @@ def test_the_real_stages(gpu: ModuleType, tmp_path: Path) -> None:
     todo = gpu.stages(tmp_path)
     names = [stage.name for stage in todo]
     important = [f"ops-{name}" for name in gpu.IMPORTANT]
-    assert names[: 3 + len(important)] == ["build", "gpu-tests", *important, "sanitizer"]
+    first = ["build", "gpu-tests", "graphs", "steps-sr3-128", *important, "steps-compile", "waterfall"]
+    assert names[: len(first)] == first
+    assert [stage.name for stage in gpu.stages(tmp_path, ["steps", "graphs"])] == [
+        name for name in names if name.startswith(("steps", "graphs"))
+    ]
     assert sorted(name.removeprefix("ops-") for name in names if name.startswith("ops-")) == sorted(NAMES)
     assert {"--no-build-isolation", "--no-deps", "--no-index"} <= set(todo[0].command)
     assert todo[0].environment["IDM_FAST_CMAKE_ARGS"].endswith("-DIDM_FAST_CUDA=ON")
     for stage in todo:  # what they run exists and takes these arguments
         scripts = [part for part in stage.command if part.endswith(".py")]
         assert all(Path(part).exists() for part in scripts), stage.command
-    script = todo[2].command
-    assert str(todo[2].report) in script
-    done = subprocess.run([*script[:2], "--help"], capture_output=True, text=True, timeout=120)
-    assert all(part in done.stdout for part in script[2:] if part.startswith("--")), done.stderr
+    for name in ("graphs", "steps-sr3-128", "ops-conv2d", "waterfall", "profile-sr3-128"):
+        stage = todo[names.index(name)]
+        assert stage.report is None or str(stage.report) in stage.command
+        first = stage.command.index("--device")
+        done = subprocess.run([*stage.command[:first], "--help"], capture_output=True, text=True, timeout=120)
+        assert all(part in done.stdout for part in stage.command[first:] if part.startswith("--")), done.stderr
+
+
+def test_an_unknown_stage_is_wrong_usage(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "machine", lambda: {"device": "a device", "torch": "2"})
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--out", str(tmp_path), "--stages", "nonsense"])
+    assert ended.value.code == 2
 
 
 def test_run_json_holds_the_figures(gpu: ModuleType, tmp_path: Path) -> None:
@@ -200,9 +213,9 @@ def test_the_end_of_the_command_ends_its_stage(tmp_path: Path) -> None:
 
 def test_a_failed_stage_is_not_success(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "machine", lambda: {"device": "a device", "torch": "2"})
-    monkeypatch.setattr(gpu, "stages", lambda out: [gpu.Stage("one", python("raise SystemExit(1)"), 60)])
+    monkeypatch.setattr(gpu, "stages", lambda out, only: [gpu.Stage("one", python("raise SystemExit(1)"), 60)])
     assert gpu.main(["--out", str(tmp_path)]) == 1
-    monkeypatch.setattr(gpu, "stages", lambda out: [gpu.Stage("one", python(""), 60)])
+    monkeypatch.setattr(gpu, "stages", lambda out, only: [gpu.Stage("one", python(""), 60)])
     assert gpu.main(["--out", str(tmp_path)]) == 0
 
 

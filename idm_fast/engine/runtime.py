@@ -87,6 +87,7 @@ class HostRuntime:
 # One capture or warm-up in the process at a time: torch allows one capture, and a warm-up may wait for the device,
 # which is forbidden while another thread captures on it.
 _capturing = RLock()
+_lost: list[torch.cuda.CUDAGraph] = []  # of captures that failed
 
 
 class CudaRuntime:
@@ -141,14 +142,27 @@ class CudaRuntime:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
-            except BaseException:
-                with suppress(RuntimeError):  # the first error says why
-                    graph.capture_end()
-                with suppress(RuntimeError):
-                    graph.reset()
+                graph.capture_end()
+            except BaseException as error:
+                self._abandon(graph, pool)
+                if "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                    raise torch.OutOfMemoryError(str(error)) from None  # a graph that cannot be instantiated
                 raise
-            graph.capture_end()
         return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Undoes a capture that failed; what it raises on the way is not the reason."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        # Where the capture had become invalid, torch's allocator has not been told of the end, and still asks this
+        # object what belongs to it: it must live.
+        _lost.append(graph)
+        with suppress(RuntimeError):
+            allocator: Any = torch._C
+            allocator._cuda_endAllocateToPool(self.device.index, pool)
+            allocator._cuda_releasePool(self.device.index, pool)
+        with suppress(RuntimeError):
+            graph.reset()
 
     def pool_bytes(self, pool: object) -> int:
         total = 0
