@@ -200,7 +200,12 @@ def test_what_it_refuses() -> None:
             Engine.compile(module, (1, 16, 16), table, device=device)
     with pytest.raises(IdmFastError, match="triton"):
         Engine.compile(module, (1, 16, 16), table, options=EngineOptions(backend="xformers"))
-    engine = Engine.compile(module, (1, 16, 16), table)
+    engine = Engine.compile(module, (1, 16, 16), table, dtype="bf16")
+    shared = EngineOptions(weights=engine.weights)
+    other = _network(replace(TINY, norm_groups=2))
+    for dtype, network, message in (("fp32", module, "float32 on cpu, got .*bfloat16"), ("bf16", other, "of another")):
+        with pytest.raises(IdmFastError, match=f"weights must be of the model's configuration in .*{message}"):
+            Engine.compile(network, (1, 16, 16), table, dtype=dtype, options=shared)
     x, seeds, cond = _inputs(TINY, 1, 16)
     with pytest.raises(IdmFastError, match="start must be float"):
         engine.run(x[:, :, :8], seeds, cond)

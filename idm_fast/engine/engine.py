@@ -89,6 +89,7 @@ class Engine:
         kind, quantised = chosen_dtype(dtype, place)
         _check(model, shape)
         weights = options.weights or PackedWeights(model, kind, place)
+        _fits(options, model, kind, place)
         if options.cache_every < 1:
             raise IdmFastError(f"Engine: cache_every must be >= 1, got {options.cache_every}")
         if options.cache_every > 1 and len(model.config.channel_mult) == 1:
@@ -218,7 +219,8 @@ class Engine:
     def swap_weights(self, model: UNet) -> None:
         """Another network's weights in the same memory, for all engines that share them.
 
-        Raises ``IdmFastError`` for one of another shape; the engine then keeps its own.
+        Engines of another arena must not be running. Raises ``IdmFastError`` for one of another shape; the engine then
+        keeps its own.
         """
         with self.arena.turn():
             self.weights.swap(model)
@@ -261,6 +263,24 @@ def _check(model: UNet, shape: Shape) -> None:
         )
     if c.num_classes:
         raise IdmFastError(f"Engine: model must have no classes = 0, got {c.num_classes}")
+
+
+def _fits(options: EngineOptions, model: UNet, dtype: torch.dtype, device: torch.device) -> None:
+    """What is shared must be of the same kind."""
+    weights, arena = options.weights, options.arena
+    kind = (model.config, dtype)
+    if weights is not None and not ((weights.config, weights.dtype) == kind and _at(weights.device, device)):
+        raise IdmFastError(
+            f"Engine: weights must be of the model's configuration in {dtype} on {device}, got {weights.dtype} on "
+            f"{weights.device}{'' if weights.config == model.config else ' of another configuration'}"
+        )
+    if arena is not None and not _at(arena.device, device):
+        raise IdmFastError(f"Engine: arena must be on {device}, got {arena.device}")
+
+
+def _at(place: torch.device, other: torch.device) -> bool:
+    """ "cuda" is taken for "cuda:0"."""
+    return (place.type, place.index or 0) == (other.type, other.index or 0)
 
 
 def _same(name: str, given: Tensor, expected: Tensor) -> None:

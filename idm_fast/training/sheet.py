@@ -36,7 +36,7 @@ def draw(module: UNet, config: ModelConfig, data: Path, path: Path, count: int =
     x0 = torch.stack(crops)
     y = torch.stack([degrade_level(face, "medium", seed) for seed, face in enumerate(x0)])
     device = next(module.parameters()).device
-    restorer = CropRestorer(config, copy.deepcopy(module), device, torch.float32)
+    restorer = CropRestorer(config, copy.deepcopy(module), device, torch.float32, engine=False)
     seeds = torch.arange(len(x0))
     columns = [y, *(restorer.restore(y, seeds, SampleSettings(steps)) for steps in (1, 4)), x0]
     grid = torch.cat([torch.cat(list(row), dim=2) for row in zip(*columns, strict=True)], dim=1)
