@@ -143,10 +143,13 @@ class CropRestorer:
         # The condition stays float32: a residual network adds its answer to it, and rounding it would cost fine detail.
         y = y.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         seeds = seeds.to(self.device)
-        start = initial_noise(seeds, y.shape, self.device) if settings.strength == 1 else noised_start(y, table, seeds)
         report: Callback | None = None if progress is None else lambda e, x, x0: progress(e)
-        with self._forced():
-            out = self._walk(start, seeds, y, table, report)
+        # Kernels start on the current device, whichever the tensors are on.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            whole = settings.strength == 1
+            start = initial_noise(seeds, y.shape, self.device) if whole else noised_start(y, table, seeds)
+            with self._forced():
+                out = self._walk(start, seeds, y, table, report)
         if not torch.isfinite(out).all():
             raise IdmFastError(
                 f"{self.config.name}: network output must be finite in {self.dtype}, got inf or nan; try fp32"

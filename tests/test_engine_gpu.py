@@ -70,8 +70,10 @@ def _compile(device: torch.device, batch: int = 1, **options: Any) -> Engine:
     return Engine.compile(_network(), (batch, 32, 32), _table(), dtype="fp16", device=device, options=made)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("name", sorted(PRESETS))
+# Kernels of one type take Triton's compiler long enough.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("idm-128", "bf16"), ("idm-128", "fp32"), *((name, "fp16") for name in sorted(PRESETS))]
+)
 def test_replay_equals_the_calls_bit_for_bit(device: torch.device, name: str, dtype: str) -> None:
     module, table = _network(name), _table(name=name)
     side = max(32, module.config.size_multiple)
@@ -85,7 +87,7 @@ def test_replay_equals_the_calls_bit_for_bit(device: torch.device, name: str, dt
     assert made.arena.graphs.captures == 1
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", ["idm-128", "gd-256", "sr3-128"])
 def test_agrees_with_a_cpu(device: torch.device, name: str) -> None:
     """float32 on both: the same noise, sums in another order, and products that may be rounded to TF32."""
     module, table = _network(name), _table(name=name)
