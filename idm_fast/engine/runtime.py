@@ -135,7 +135,7 @@ class CudaRuntime:
 
     def _captured(self, work: Work, pool: Any) -> torch.cuda.CUDAGraph:
         # As `torch.cuda.graph` does it, which after an error inside leaves its stream the current one.
-        graph = torch.cuda.CUDAGraph()
+        graph: torch.cuda.CUDAGraph = cuda.CUDAGraph()
         # Inside inference mode torch would make the graph's own state of tensors that no replay may write.
         with torch.inference_mode(False), torch.no_grad(), cuda.stream(self._stream):
             # Other threads may allocate and copy meanwhile; only this one is held to what a capture allows.
@@ -157,7 +157,7 @@ class CudaRuntime:
         # Where the capture had become invalid, torch's allocator has not been told of the end, and still asks this
         # object what belongs to it: it must live.
         _lost.append(graph)
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, AttributeError):
             allocator: Any = torch._C
             allocator._cuda_endAllocateToPool(self.device.index, pool)
             allocator._cuda_releasePool(self.device.index, pool)
