@@ -38,7 +38,8 @@ class Tile:
     warps: int
 
 
-TILES = (Tile(4096, 8, 8), Tile(2048, 8, 4), Tile(2048, 4, 4), Tile(1024, 4, 4))
+# Eight warps: with four the merging of partials takes more registers than ptxas gives, and it spills (Triton 3.6).
+TILES = (Tile(4096, 8, 8), Tile(2048, 8, 8), Tile(2048, 4, 8), Tile(1024, 4, 8))
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def apply_kernel(
     partials, counts, pieces, channels1, skip_partials, skip_counts, skip_pieces, channels2,
     weight, bias, scale, shift, scale_stride, shift_stride, tile_channels, width, eps, table, x, skip, out, rows,
     HAS_SKIP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    ONE_GROUP: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
     FUSED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """out = silu((x - centre) * gain + offset); the coefficients are made here (FUSED) or read from table [N, 3, C]."""
@@ -58,7 +59,7 @@ def apply_kernel(
         centre, gain, offset, valid = group_coefficients(
             partials, counts, pieces, channels1, skip_partials, skip_counts, skip_pieces, channels2,
             weight, bias, scale, shift, scale_stride, shift_stride, n, first, tile_channels, width, eps,
-            HAS_SKIP, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, ONE_GROUP, CHUNK, COLS,
+            HAS_SKIP, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, GROUPS, CHUNK, COLS,
         )  # fmt: skip
     else:
         valid = (channel < channels) & (tl.arange(0, COLS) < tile_channels)
@@ -66,26 +67,28 @@ def apply_kernel(
         centre = tl.load(row_of_table, mask=valid, other=0.0)
         gain = tl.load(row_of_table + channels, mask=valid, other=0.0)
         offset = tl.load(row_of_table + 2 * channels, mask=valid, other=0.0)
+    # Only the first element of a tile is far away: inside of it 32 bits are enough.
+    line = tl.arange(0, ROWS)
     for step in range(STEPS):
         # The first axis of a grid is the one that may pass 65535.
-        row = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & valid[None, :]
-        at = n * rows + row
+        first_row = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS
+        mask = (line < tl.minimum(rows - first_row, ROWS).to(tl.int32))[:, None] & valid[None, :]
+        at = n * rows + first_row
         if HAS_SKIP:
             mine = mask & (channel < channels1)[None, :]
-            value = tl.load(x + at[:, None] * channels1 + channel[None, :], mask=mine, other=0.0)
+            value = tl.load(x + at * channels1 + (line[:, None] * channels1 + channel[None, :]), mask=mine, other=0.0)
             other = tl.load(
-                skip + at[:, None] * channels2 + (channel - channels1)[None, :],
+                skip + at * channels2 + (line[:, None] * channels2 + (channel - channels1)[None, :]),
                 mask=mask & (channel >= channels1)[None, :],
                 other=0.0,
             )
             value = tl.where(mine, value, other)
         else:
-            value = tl.load(x + at[:, None] * channels1 + channel[None, :], mask=mask, other=0.0)
+            value = tl.load(x + at * channels1 + (line[:, None] * channels1 + channel[None, :]), mask=mask, other=0.0)
         y = (value.to(tl.float32) - centre[None, :]) * gain[None, :] + offset[None, :]
         if SILU:
             y = y / (1.0 + tl.exp(-y))
-        tl.store(out + at[:, None] * channels + channel[None, :], y.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at * channels + (line[:, None] * channels + channel[None, :]), y.to(out.dtype.element_ty), mask=mask)
 
 
 def group_norm_silu(
@@ -134,7 +137,7 @@ def group_norm_silu(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         HAS_SCALE=scale is not None,
-        ONE_GROUP=groups.one,
+        GROUPS=groups.groups,
         CHUNK=groups.chunk,
         COLS=groups.cols,
         FUSED=fused,
@@ -161,7 +164,7 @@ def _variant(x: str, t: Tile, groups: Groups, skip: bool, fused: bool = True) ->
         f"{AOT_TYPES.replace('*x', f'*{x}')} *fp32 *{x} *{x} *{x} i32:16",
         {**aot_constants(groups, skip), **settings},
         {"num_warps": t.warps, **OPTIONS},
-        f"{label}{', one group' if groups.one else ''}{', skip' if skip else ''}{'' if fused else ', from a table'}",
+        f"{label}{', one group' if groups.groups == 1 else ''}{', skip' if skip else ''}{'' if fused else ', from a table'}",
     )
 
 

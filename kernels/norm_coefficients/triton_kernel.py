@@ -14,7 +14,8 @@ from idm_fast.kernels.channel_stats import ChannelStats
 
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
 TILE_COLS = 64  # channels of the whole groups that a program takes, where a group is not wider
-TILE_VALUES = 4096  # partials in registers at a time
+TILE_GROUPS = 16  # groups, at most: every one of them looks at every channel
+TILE_VALUES = 2048  # partials in registers at a time
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def group_coefficients(
     partials, counts, pieces, channels1, skip_partials, skip_counts, skip_pieces, channels2,
     weight, bias, scale, shift, scale_stride, shift_stride, n, first, tile_channels, width, eps,
     HAS_SKIP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    ONE_GROUP: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """(centre, gain, offset) [COLS] of sample n's channels from ``first``, where a group begins, and which exist."""
     local = tl.arange(0, COLS)
@@ -73,20 +74,28 @@ def group_coefficients(
     else:
         mean, m2, count = merge_pieces(base, counts, pieces, channels1, channel, mine, CHUNK, COLS)
     # Sums over the channels of a group; `where`, not a product, keeps a NaN in its own group.
-    if ONE_GROUP:
+    if GROUPS == 1:
         pivot = tl.sum(tl.where(local == 0, mean, 0.0), 0)
         delta = tl.where(valid, mean - pivot, 0.0)
         rest = tl.sum(delta, 0) / width
         delta = delta - rest
         squares = tl.sum(tl.where(valid, m2 + delta * delta * count, 0.0), 0)
+        centre = pivot + rest
+        left_out = (centre - pivot) - rest  # what the rounded mean misses
+        rstd = 1.0 / tl.sqrt(squares / (count * width) + eps)
+        centre = tl.zeros((COLS,), tl.float32) + centre
     else:
-        group = local // width
-        same = (group[:, None] == group[None, :]) & valid[None, :]
-        pivot = tl.sum(tl.where(same & (local % width == 0)[None, :], mean[None, :], 0.0), 1)
-        delta = mean - pivot
-        rest = tl.sum(tl.where(same, delta[None, :], 0.0), 1) / width
-        delta = delta - rest
-        squares = tl.sum(tl.where(same, (m2 + delta * delta * count)[None, :], 0.0), 1)
+        same = (tl.arange(0, GROUPS)[:, None] == (local // width)[None, :]) & valid[None, :]
+        pivots = tl.sum(tl.where(same & (local % width == 0)[None, :], mean[None, :], 0.0), 1)
+        delta = tl.where(same, mean[None, :] - pivots[:, None], 0.0)
+        rests = tl.sum(delta, 1) / width
+        delta = delta - rests[:, None]
+        squares = tl.sum(tl.where(same, m2[None, :] + delta * delta * count, 0.0), 1)
+        centres = pivots + rests
+        # To every channel the values of its group.
+        centre = tl.sum(tl.where(same, centres[:, None], 0.0), 0)
+        left_out = tl.sum(tl.where(same, ((centres - pivots) - rests)[:, None], 0.0), 0)
+        rstd = tl.sum(tl.where(same, (1.0 / tl.sqrt(squares / (count * width) + eps))[:, None], 0.0), 0)
     gain = tl.zeros((COLS,), tl.float32) + 1.0
     offset = tl.zeros((COLS,), tl.float32)
     if HAS_WEIGHT:
@@ -97,10 +106,8 @@ def group_coefficients(
         factor = 1.0 + tl.load(scale + n * scale_stride + channel, mask=valid, other=0.0).to(tl.float32)
         gain *= factor
         offset = offset * factor + tl.load(shift + n * shift_stride + channel, mask=valid, other=0.0).to(tl.float32)
-    gain *= 1.0 / tl.sqrt(squares / (count * width) + eps)
-    centre = pivot + rest
-    left_out = (centre - pivot) - rest  # what the rounded mean misses
-    return tl.zeros((COLS,), tl.float32) + centre, gain, offset + left_out * gain, valid
+    gain *= rstd
+    return centre, gain, offset + left_out * gain, valid
 
 
 @triton.jit
@@ -108,7 +115,7 @@ def coefficient_kernel(
     partials, counts, pieces, channels1, skip_partials, skip_counts, skip_pieces, channels2,
     weight, bias, scale, shift, scale_stride, shift_stride, tile_channels, width, eps, table,
     HAS_SKIP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    ONE_GROUP: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """table: [N, 3, C]."""
     n = tl.program_id(0).to(tl.int64)
@@ -116,7 +123,7 @@ def coefficient_kernel(
     centre, gain, offset, valid = group_coefficients(
         partials, counts, pieces, channels1, skip_partials, skip_counts, skip_pieces, channels2,
         weight, bias, scale, shift, scale_stride, shift_stride, n, first, tile_channels, width, eps,
-        HAS_SKIP, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, ONE_GROUP, CHUNK, COLS,
+        HAS_SKIP, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, GROUPS, CHUNK, COLS,
     )  # fmt: skip
     channels = channels1 + channels2
     target = table + n * 3 * channels + first + tl.arange(0, COLS)
@@ -127,19 +134,19 @@ def coefficient_kernel(
 
 @dataclass(frozen=True)
 class Groups:
-    """The whole groups that a program takes: ``channels`` of them, in ``cols`` lanes, ``chunk`` pieces at a time."""
+    """What a program takes: the ``channels`` of whole groups, ``chunk`` pieces at a time; lanes for channels, groups."""
 
     channels: int
     cols: int
+    groups: int
     chunk: int
-    one: bool
 
     @classmethod
     def of(cls, num_groups: int, width: int, pieces: int) -> Groups:
-        each = max(1, min(num_groups, TILE_COLS // width))
+        each = max(1, min(num_groups, TILE_GROUPS, TILE_COLS // width))
         cols = triton.next_power_of_2(each * width)
         chunk = min(triton.next_power_of_2(pieces), max(2, TILE_VALUES // cols))
-        return cls(each * width, cols, chunk, each == 1)
+        return cls(each * width, cols, triton.next_power_of_2(each), chunk)
 
 
 def pieces_of(stats: ChannelStats, skip_stats: ChannelStats | None) -> int:
@@ -187,10 +194,10 @@ def norm_coefficients(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         HAS_SCALE=scale is not None,
-        ONE_GROUP=groups.one,
+        GROUPS=groups.groups,
         CHUNK=groups.chunk,
         COLS=groups.cols,
-        num_warps=4,
+        num_warps=8,
         **OPTIONS,
     )
 
@@ -202,7 +209,7 @@ AOT_GROUPS = (Groups.of(32, 4, 64), Groups.of(1, 512, 64))
 
 def aot_constants(groups: Groups, skip: bool) -> dict[str, Any]:
     given = dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_SCALE"), True)
-    return {"HAS_SKIP": skip, **given, "ONE_GROUP": groups.one, "CHUNK": groups.chunk, "COLS": groups.cols}
+    return {"HAS_SKIP": skip, **given, "GROUPS": groups.groups, "CHUNK": groups.chunk, "COLS": groups.cols}
 
 
 AOT = [
@@ -210,7 +217,7 @@ AOT = [
         coefficient_kernel,
         f"{AOT_TYPES.replace('*x', f'*{x}')} *fp32",
         aot_constants(groups, skip),
-        {"num_warps": 4, **OPTIONS},
+        {"num_warps": 8, **OPTIONS},
         f"{x}, {groups.cols} channels, {groups.chunk} pieces{', skip' if skip else ''}",
     )
     for groups in AOT_GROUPS

@@ -10,12 +10,13 @@ from idm_fast.kernels.aot import Variant
 
 OPTIONS = {"enable_fp_fusion": True}  # said aloud: the default changes in Triton 3.10, with a warning before
 # (positions, codes, channels at a time, warps): narrow codes are multiplied channel by channel, wide ones by tl.dot.
-NARROW = (64, 128, 1, 8)
+# Sizes are such that nothing spills, also where all channels of the positions are kept in registers (d < 8).
+NARROW = (32, 64, 1, 8)
 WIDE = (32, 64, 16, 4)
-NARROW_WIDTH = 16
+NARROW_WIDTH = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "size"])
 def vq_nearest_kernel(
     z, codebook, codes, quantised, count, size,
     d: tl.constexpr, POSITIONS: tl.constexpr, CODES: tl.constexpr, STEP: tl.constexpr, COPY: tl.constexpr,
@@ -64,21 +65,26 @@ def vq_nearest_kernel(
         tl.store(at, value.to(tl.float32).to(quantised.dtype.element_ty), mask=mask)
 
 
+def _copied(d: int) -> int:
+    """Channels of the chosen rows that are copied at a time."""
+    return min(32, triton.next_power_of_2(d))
+
+
 def vq_nearest(z: Tensor, codebook: Tensor, codes: Tensor, quantised: Tensor) -> None:
     d, count = z.shape[1], codes.numel()
     positions, width, step, warps = NARROW if d < NARROW_WIDTH else WIDE
     vq_nearest_kernel[(triton.cdiv(count, positions),)](
         z, codebook, codes, quantised, count, codebook.shape[0], d=d, POSITIONS=positions, CODES=width, STEP=step,
-        COPY=min(32, triton.next_power_of_2(d)), num_warps=warps, **OPTIONS,
+        COPY=_copied(d), num_warps=warps, **OPTIONS,
     )  # fmt: skip
 
 
 def _variant(dtype: str, d: int, shape: tuple[int, int, int, int]) -> Variant:
     positions, codes, step, warps = shape
-    constants = {"d": d, "POSITIONS": positions, "CODES": codes, "STEP": step, "COPY": min(32, d)}
+    constants = {"d": d, "POSITIONS": positions, "CODES": codes, "STEP": step, "COPY": _copied(d)}
     return Variant(
         vq_nearest_kernel,
-        f"*{dtype} *fp32 *i64 *{dtype} i32:16 i32:16",
+        f"*{dtype} *fp32 *i64 *{dtype} i32 i32",
         constants,
         {"num_warps": warps, **OPTIONS},
     )
@@ -86,5 +92,7 @@ def _variant(dtype: str, d: int, shape: tuple[int, int, int, int]) -> Variant:
 
 AOT = [
     *(_variant(dtype, 4, NARROW) for dtype in ("bf16", "fp32")),
+    _variant("bf16", NARROW_WIDTH - 1, NARROW),
     *(_variant(dtype, 64, WIDE) for dtype in ("bf16", "fp32")),
+    *(_variant("bf16", d, WIDE) for d in (8, 33)),
 ]
