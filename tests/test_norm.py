@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -265,3 +267,24 @@ def test_empty() -> None:
     assert group_norm_silu(X[:0], 2, skip=SKIP[:0]).shape == (0, 12, 4, 4)
     assert norm_coefficients(ChannelStats(STATS.partials[:0], STATS.counts), 2).shape == (0, 3, 8)
     assert empty_stats(X).partials.shape == (2, 1, 2, 8)
+
+
+THREADS = """
+import torch
+from idm_fast.ops import group_norm_silu, use_backend
+
+with use_backend("cpu"):
+    for shape in ((1, 64, 32, 32), (3, 64, 33, 17), (5, 32, 40, 40), (1, 8, 1, 1)):
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        torch.set_num_threads(1)
+        expected = group_norm_silu(x, 8)
+        for threads in (2, 3, 4) * 10:  # one team, which meets between statistics and result
+            torch.set_num_threads(threads)
+            assert torch.equal(group_norm_silu(x, 8), expected), (shape, threads)
+"""
+
+
+@pytest.mark.skipif(extension.native is None, reason=str(extension.missing))
+def test_every_number_of_threads_gives_the_same_bits() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

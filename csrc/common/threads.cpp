@@ -10,21 +10,26 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace idm {
 namespace {
 
-struct Job {
-  int64_t tasks;
-  Body body;
-  void* context;
-};
+constexpr int kSpins = 4000;  // some 50 us
 
-void run_share(const Job& job, int worker, int workers) {
-  const int64_t share = job.tasks / workers, extra = job.tasks % workers;
-  const int64_t begin = worker * share + (worker < extra ? worker : extra);
-  const int64_t end = begin + share + (worker < extra ? 1 : 0);
-  for (int64_t task = begin; task < end; ++task) job.body(job.context, task, worker);
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
 }
+
+struct Job {
+  TeamBody body;
+  void* context;
+  void run(int worker, int workers) const { body(context, worker, workers); }
+};
 
 // A child of fork() has the calling thread alone: the workers that its copies of libgomp's and of our own tables name do
 // not run there, and waiting for them would never end. A process that forked before the first use starts its own.
@@ -57,8 +62,8 @@ const OpenMp& openmp() {
 }
 
 void openmp_region(void* job) {
-  // The team may be smaller than asked for (a nested region has one thread), so its real size decides the shares.
-  run_share(*static_cast<const Job*>(job), openmp().thread_num(), openmp().num_threads());
+  // The team may be smaller than asked for: a nested region has one thread.
+  static_cast<const Job*>(job)->run(openmp().thread_num(), openmp().num_threads());
 }
 
 class Pool {
@@ -66,7 +71,7 @@ class Pool {
   // One job at a time: a second caller runs its own work alone rather than wait.
   void run(const Job& job, int workers) {
     std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
-    if (!owner.owns_lock()) return run_share(job, 0, 1);
+    if (!owner.owns_lock()) return job.run(0, 1);
     while (static_cast<int>(threads_.size()) < workers - 1) {
       const int worker = static_cast<int>(threads_.size()) + 1;
       // A worker waits for the generation after the one it was started in; only the owner, who is here, changes it.
@@ -80,7 +85,7 @@ class Pool {
       ++generation_;
     }
     wake_.notify_all();
-    run_share(job, 0, workers);
+    job.run(0, workers);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return left_ == 0; });
   }
@@ -97,7 +102,7 @@ class Pool {
         job = job_;
         workers = workers_;
       }
-      if (worker < workers) run_share(*job, worker, workers);
+      if (worker < workers) job->run(worker, workers);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--left_ == 0) done_.notify_one();
     }
@@ -113,14 +118,35 @@ class Pool {
 
 }  // namespace
 
-void parallel_for_impl(int64_t tasks, int threads, Body body, void* context) {
-  Job job{tasks, body, context};
-  if (tasks <= 1 || threads <= 1 || workers_lost()) return run_share(job, 0, 1);
-  // All `threads` are called even where there are fewer tasks: libgomp ends the threads that a smaller team leaves out,
-  // and torch's next operator would have to start them again.
-  if (openmp().ok()) return openmp().parallel(openmp_region, &job, static_cast<unsigned>(threads), 0);
+void Barrier::wait(int workers) {
+  arrived_.fetch_add(1, std::memory_order_acq_rel);
+  // The others are at work on as much as this one was. Who is still not here has lost its core: leave it ours.
+  for (int spins = 0; arrived_.load(std::memory_order_acquire) < workers; ++spins) {
+    if (spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
+
+void parallel_team_impl(int threads, TeamBody body, void* context) {
+  const Job job{body, context};
+  if (threads <= 1 || workers_lost()) return job.run(0, 1);
+  if (openmp().ok())
+    return openmp().parallel(openmp_region, const_cast<Job*>(&job), static_cast<unsigned>(threads), 0);
   static Pool* pool = new Pool;  // never destroyed: its workers sleep until the process ends
-  pool->run(job, static_cast<int>(std::min<int64_t>(tasks, threads)));
+  pool->run(job, threads);
+}
+
+void parallel_for_impl(int64_t tasks, int threads, Body body, void* context) {
+  auto all = [=](int worker, int workers) {
+    const Share share(tasks, worker, workers);
+    for (int64_t task = share.begin; task < share.end; ++task) body(context, task, worker);
+  };
+  if (tasks <= 1) return all(0, 1);
+  // libgomp ends the threads that a smaller team leaves out, and torch's next operator would have to start them again:
+  // there all `threads` are called even where there are fewer tasks.
+  parallel_team(openmp().ok() ? threads : static_cast<int>(std::min<int64_t>(tasks, threads)), all);
 }
 
 const char* threads_runtime() { return openmp().ok() ? "openmp" : "std"; }

@@ -123,6 +123,7 @@ void group_norm_silu(const TensorView& x, const TensorView& out, const TensorVie
   if (skip) work.parts.push_back({skip.data, skip.shape[1], x.shape[1], skip_partials, skip_counts});
   for (const Part& part : work.parts) work.measured = work.measured && part.partials;
   const int64_t blocks = work.cut.blocks, stats_size = work.stats_size(), scratch_size = work.scratch_size();
+  if (N * blocks == 1) threads = 1;
   threads = std::max(threads, 1);
 
   // Enough samples: each worker takes whole ones and meets the second read in its own cache, without a barrier.
@@ -141,24 +142,29 @@ void group_norm_silu(const TensorView& x, const TensorView& out, const TensorVie
     return parallel_for(N, threads, sample);
   }
 
-  // Few samples: every one is cut over all workers; the same worker applies what it has read for the statistics.
-  Workspace& w = workspace(N * stats_size + scratch_size, N * 3 * C);
-  double* stats = w.doubles.data();
+  // Few samples: each is cut over all workers; the same worker applies what it has read for the statistics. They meet
+  // once: the coefficients of a sample are made by each that applies them, which takes no longer than by one for all.
+  Workspace& w = workspace(N * stats_size + threads * scratch_size, threads * 3 * C);
+  double *stats = w.doubles.data(), *scratch = stats + N * stats_size;
   float* tables = w.floats.data();
-  const int64_t tasks = N * blocks, shares = std::min<int64_t>(threads, tasks);
-  auto begin_of = [&](int64_t share) { return tasks / shares * share + std::min(share, tasks % shares); };
-  auto measure = [&](int64_t share, int) {
-    for (int64_t t = begin_of(share); t < begin_of(share + 1); ++t)
-      work.measure(t / blocks, t % blocks, stats + t / blocks * stats_size);
+  Barrier measured;
+  auto share_of = [&](int worker, int workers) {
+    const Share share(N * blocks, worker, workers);
+    if (!work.measured) {
+      for (int64_t t = share.begin; t < share.end; ++t)
+        work.measure(t / blocks, t % blocks, stats + t / blocks * stats_size);
+      measured.wait(workers);
+    }
+    float* table = tables + worker * 3 * C;
+    int64_t ready = -1;  // the sample that the table is of
+    for (int64_t t = share.end - 1; t >= share.begin; --t) {
+      const int64_t n = t / blocks;
+      if (n != ready) work.coefficients(n, stats + n * stats_size, scratch + worker * scratch_size, table);
+      ready = n;
+      work.apply(n, t % blocks, table);
+    }
   };
-  auto apply = [&](int64_t share, int) {
-    for (int64_t t = begin_of(share + 1) - 1; t >= begin_of(share); --t)
-      work.apply(t / blocks, t % blocks, tables + t / blocks * 3 * C);
-  };
-  if (!work.measured) parallel_for(shares, threads, measure);
-  for (int64_t n = 0; n < N; ++n)
-    work.coefficients(n, stats + n * stats_size, stats + N * stats_size, tables + n * 3 * C);
-  parallel_for(shares, threads, apply);
+  parallel_team(threads, share_of);
 }
 
 }  // namespace idm
