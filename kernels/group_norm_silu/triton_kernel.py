@@ -88,7 +88,8 @@ def apply_kernel(
         y = (value.to(tl.float32) - centre[None, :]) * gain[None, :] + offset[None, :]
         if SILU:
             y = y / (1.0 + tl.exp(-y))
-        tl.store(out + at * channels + (line[:, None] * channels + channel[None, :]), y.to(out.dtype.element_ty), mask=mask)
+        target = out + at * channels + (line[:, None] * channels + channel[None, :])
+        tl.store(target, y.to(out.dtype.element_ty), mask=mask)
 
 
 def group_norm_silu(
@@ -159,12 +160,13 @@ def _variant(x: str, t: Tile, groups: Groups, skip: bool, fused: bool = True) ->
     rows = max(1, t.values // groups.cols)
     settings = {"FUSED": fused, "SILU": True, "ROWS": rows, "STEPS": t.steps}
     label = f"{x}, {rows} x {groups.cols}, {t.steps} steps, {t.warps} warps, {groups.chunk} pieces"
+    seams = f"{', one group' if groups.groups == 1 else ''}{', skip' if skip else ''}{'' if fused else ', from a table'}"
     return Variant(
         apply_kernel,
         f"{AOT_TYPES.replace('*x', f'*{x}')} *fp32 *{x} *{x} *{x} i32:16",
         {**aot_constants(groups, skip), **settings},
         {"num_warps": t.warps, **OPTIONS},
-        f"{label}{', one group' if groups.groups == 1 else ''}{', skip' if skip else ''}{'' if fused else ', from a table'}",
+        label + seams,
     )
 
 

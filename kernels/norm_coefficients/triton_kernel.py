@@ -134,7 +134,7 @@ def coefficient_kernel(
 
 @dataclass(frozen=True)
 class Groups:
-    """What a program takes: the ``channels`` of whole groups, ``chunk`` pieces at a time; lanes for channels, groups."""
+    """What a program takes: ``channels`` of whole groups, ``chunk`` pieces at a time; ``cols`` and ``groups`` lanes."""
 
     channels: int
     cols: int
