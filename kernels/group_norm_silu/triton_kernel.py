@@ -160,13 +160,13 @@ def _variant(x: str, t: Tile, groups: Groups, skip: bool, fused: bool = True) ->
     rows = max(1, t.values // groups.cols)
     settings = {"FUSED": fused, "SILU": True, "ROWS": rows, "STEPS": t.steps}
     label = f"{x}, {rows} x {groups.cols}, {t.steps} steps, {t.warps} warps, {groups.chunk} pieces"
-    seams = f"{', one group' if groups.groups == 1 else ''}{', skip' if skip else ''}{'' if fused else ', from a table'}"
+    ends = f"{', one group' if groups.groups == 1 else ''}{', skip' if skip else ''}{'' if fused else ', from a table'}"
     return Variant(
         apply_kernel,
         f"{AOT_TYPES.replace('*x', f'*{x}')} *fp32 *{x} *{x} *{x} i32:16",
         {**aot_constants(groups, skip), **settings},
         {"num_warps": t.warps, **OPTIONS},
-        label + seams,
+        label + ends,
     )
 
 
