@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,11 @@ class CropRestorer:
             module.to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = Schedule.from_config(config.diffusion)
         self.table = lru_cache(maxsize=16)(self._table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or one in another process, compiles its own engines."""
+        dtype = INT8 if self.quantised else self.dtype
+        return CropRestorer, (self.config, self.module, self.device, dtype, self.backend, self._engines is not None)
 
     def _table(self, settings: SampleSettings) -> SamplerTable:
         strength = 1.0 if settings.strength is None else settings.strength

@@ -23,7 +23,9 @@ from idm_fast.bench.work import layers, total_flops
 from idm_fast.bench.workload import Workload, psnr
 from idm_fast.cli import main
 from idm_fast.config import PRESETS
+from idm_fast.engine import bind, nodes
 from idm_fast.errors import IdmFastError
+from idm_fast.models.unet import UNet
 
 CEILINGS = Ceilings(1e10, dict.fromkeys(workload.DTYPES.values(), 100000000000.0), 2e10)
 QUICK = Asked(["fp32"], seconds=0.0, least=2, warm_up=0)
@@ -208,6 +210,35 @@ def test_the_pause_is_not_timed() -> None:
     assert spread.best <= spread.p80 < 0.04
 
 
+def test_the_truth_is_float32_and_no_tf32(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions round to 10 bits unless told otherwise."""
+    seen: list[bool] = []
+    plain, before = rows.plain, torch.backends.cudnn.allow_tf32
+
+    def watched(model: UNet) -> torch.nn.Module:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return plain(model)
+
+    monkeypatch.setattr(rows, "plain", watched)
+    rows._walk(tiny, "fp32")
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_the_judge_sees_a_wrong_argument(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that changes little: what attention is multiplied with."""
+    right = bind._ARGUMENTS[nodes.Attend]
+
+    def wrong(*args: Any) -> Any:
+        dtype, (q, k, v, scale, out) = right(*args)
+        return dtype, (q, k, v, 1.001 * scale, out)
+
+    asked = Asked(["fp32"], seconds=0, least=2)
+    assert measure(tiny, asked, CEILINGS).rows
+    monkeypatch.setitem(bind._ARGUMENTS, nodes.Attend, wrong)
+    assert "wrong, so it is not timed" in measure(tiny, asked, CEILINGS).absent[0]["reason"]
+
+
 @pytest.mark.usefixtures("no_ceilings")
 def test_the_bench_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "out.json"
@@ -235,6 +266,11 @@ def test_the_bench_command(tiny_model: Path, tmp_path: Path, capsys: pytest.Capt
         (["--dtype", "fp16"], "--dtype must be some of fp32, bf16, int8 on cpu, got fp16"),
         (["--walks", "1"], "--walks must be >= 2, got 1"),
         (["--threads", "0"], "--threads must be >= 1, got 0"),
+        (["--threads", "100000000000"], "--threads must be <= 1024, got 100000000000"),
+        (["--seconds", "nan"], "--seconds must be >= 0 and finite, got nan"),
+        (["--seconds", "inf"], "--seconds must be >= 0 and finite, got inf"),
+        (["--backend", "nobody"], "--backend must be one of"),
+        (["--json", "."], "--json must be a file, got the folder ."),
         (["--peers", "nobody"], "--peers must be some of"),
         (["--preset", "nobody"], "preset must be one of"),
         (["--size", "100"], "size must be a multiple of 8"),
@@ -243,6 +279,13 @@ def test_the_bench_command(tiny_model: Path, tmp_path: Path, capsys: pytest.Capt
 def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_profile_goes_to_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before any time is spent."""
+    (tmp_path / "file").write_text("")
+    assert main(["profile", "--out", str(tmp_path / "file")]) == 2
+    assert "--out must be a folder that can be written, got" in capsys.readouterr().err
 
 
 def test_profile_of_the_engine(tiny: Workload, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -71,6 +74,13 @@ def test_the_seed_decides_with_every_sampler(sampler: str, strength: float) -> N
     assert torch.equal(restorer.restore(y, SEEDS[:2], settings), first)
     other = restorer.restore(y, SEEDS[1:], settings)
     assert (other - first).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_restores_the_same(copied: Callable[[CropRestorer], CropRestorer]) -> None:
+    restorer, y = _restorer(), _crops(1)
+    expected = restorer.restore(y, SEEDS[:1], SampleSettings())
+    assert torch.equal(copied(restorer).restore(y, SEEDS[:1], SampleSettings()), expected)
 
 
 def test_the_input_is_not_changed_and_its_layout_does_not_matter() -> None:

@@ -109,6 +109,26 @@ def test_an_unknown_policy_is_refused(module: UNet, tmp_path: Path) -> None:
         _engine(module, tmp_path / "a.json", "maybe")  # type: ignore[arg-type]
 
 
+def test_a_write_that_fails_leaves_nothing_behind(
+    module: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "autotune.json"
+    path.mkdir()
+    _timed_as(monkeypatch, "torch")
+    with pytest.warns(RuntimeWarning, match="must be"):
+        _engine(module, path, "on")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert autotune.default_path().name == "autotune.json"
+
+
 def test_a_folder_that_cannot_be_written_is_said(module: UNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     _timed_as(monkeypatch, "torch")

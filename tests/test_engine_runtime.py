@@ -102,7 +102,7 @@ def test_a_warm_up_is_on_the_stream_of_captures(cuda: MagicMock) -> None:
 def test_settings_and_times(cuda: MagicMock) -> None:
     here = CudaRuntime(torch.device("cuda"))
     assert here.settings() == here.settings()
-    assert len(here.settings()) == 6
+    assert len(here.settings()) == 5
     cuda.Event.return_value.elapsed_time.return_value = 2.0
     assert here.seconds(lambda: None) == 2e-3
     here.settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from itertools import product
@@ -18,6 +19,7 @@ from idm_fast.bench.peers import PEERS
 from idm_fast.bench.rows import OURS, Asked, check_peers, measure
 from idm_fast.bench.text import table
 from idm_fast.bench.workload import DTYPES, check, names, workload
+from idm_fast.cli.checks import check_backend, check_threads
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 from idm_fast.registry import Target
@@ -25,7 +27,8 @@ from idm_fast.registry import Target
 _DESCRIPTION = """Times whole walks from noise to picture and divides by their steps: the median with the 20th and 80th
 percentile, wall clock. All take turns walk by walk in one process, so that a busy machine disturbs all of them alike:
 compare rows of one table only. Every row has the same weights and noise (diffusers: its own weights); PSNR compares
-its pictures with plain torch's in float32. A result of ours that is wrong is not timed.
+its pictures with plain torch's in float32. A result of ours that is wrong is not timed. Our walks compute all that
+depends on the picture; what the steps' times alone give is kept from walk to walk, where others compute it each time.
 
 "of roof" is T_roof / measured, with T_roof the sum over layers of max(FLOPs / P, weight bytes / B, activation bytes /
 B_cache); P is a big product of the dtype, B a big copy and B_cache a small one, measured first. It counts the network
@@ -113,9 +116,14 @@ def _write(report: dict[str, Any], target: Path | None) -> None:
 
 def _asked(args: argparse.Namespace) -> Asked:
     threads = torch.get_num_threads() if args.threads is None else args.threads
-    for name, value, least in (("threads", threads, 1), ("walks", args.walks, 2), ("seconds", args.seconds, 0)):
-        if value < least:
-            raise IdmFastError(f"--{name} must be >= {least}, got {value}")
+    check_threads(threads)
+    if args.walks < 2:
+        raise IdmFastError(f"--walks must be >= 2, got {args.walks}")
+    if not 0 <= args.seconds < math.inf:
+        raise IdmFastError(f"--seconds must be >= 0 and finite, got {args.seconds}")
+    check_backend(args.backend)
+    if args.json is not None and args.json.is_dir():
+        raise IdmFastError(f"--json must be a file, got the folder {args.json}")
     peers = [] if args.peers is None else check_peers(args.peers)
     dtypes = list(dict.fromkeys(args.dtype or []))
     return Asked(dtypes, peers, args.seconds, args.walks, threads=threads, backend=args.backend)

@@ -13,6 +13,7 @@ from idm_fast.bench.machine import machine
 from idm_fast.bench.profile import of_engine, of_modules
 from idm_fast.bench.profile_files import call_table, op_table, write_json, write_roofline, write_trace
 from idm_fast.bench.workload import DTYPES, names, workload
+from idm_fast.cli.checks import check_backend, check_threads
 from idm_fast.errors import IdmFastError
 from idm_fast.registry import Target
 
@@ -62,22 +63,24 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 2:
         raise IdmFastError(f"--repeats must be >= 2, got {args.repeats}")
     if args.threads is not None:
-        if args.threads < 1:
-            raise IdmFastError(f"--threads must be >= 1, got {args.threads}")
+        check_threads(args.threads)
         torch.set_num_threads(args.threads)
+    check_backend(args.backend)
     work = workload(args.preset, batch=args.batch, size=args.size, steps=2, device=device)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IdmFastError(f"--out must be a folder that can be written, got {args.out}: {error.strerror}") from None
     ceilings = roofline.measure(str(device), [DTYPES[n] for n in dict.fromkeys(["fp32", dtype, "bf16"])], cached=True)
     if args.no_engine:
         found = of_modules(work, dtype, args.repeats)
     else:
         engine = ours.engine(work, dtype, args.backend)
         found = of_engine(engine, work, args.repeats)
-        args.out.mkdir(parents=True, exist_ok=True)
         with torch.profiler.profile() as profiler, torch.profiler.record_function("walk"):
             ours.run(engine, work)
         profiler.export_chrome_trace(str(args.out / "torch.json"))
 
-    args.out.mkdir(parents=True, exist_ok=True)
     height, width = work.size
     title = f"{args.preset} {height} x {width}, batch {work.batch}, {dtype}, {found.what}"
     about = {"machine": machine(device), "preset": args.preset, "batch": work.batch, "dtype": dtype}

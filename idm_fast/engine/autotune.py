@@ -19,6 +19,7 @@ from torch import Tensor
 
 import idm_fast
 from idm_fast.errors import IdmFastError
+from idm_fast.files import atomic
 from idm_fast.kernels import dispatch
 from idm_fast.kernels.channel_stats import ChannelStats
 from idm_fast.kernels.extension import native
@@ -67,16 +68,18 @@ class Autotuner:
             return
         self._choices = _read(self.path) | self._choices
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                json.dump({"machine": machine(), "choices": self._choices}, file, indent=1, sort_keys=True)
-            os.replace(file.name, self.path)
-        except OSError as error:
+            with atomic(self.path) as path:
+                path.write_text(json.dumps({"machine": machine(), "choices": self._choices}, indent=1, sort_keys=True))
+        except IdmFastError as error:
             warnings.warn(f"autotune: {self.path} must be writable, got {error}", RuntimeWarning, stacklevel=2)
 
 
 def default_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idm_fast" / "autotune.json"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        cache = Path(tempfile.gettempdir())
+    return cache / "idm_fast" / "autotune.json"
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from idm_fast.engine.graph_pool import GraphPool
 from idm_fast.engine.nodes import Columns, Node, Operand, StatsValue, Value
 from idm_fast.engine.runtime import Runtime, runtime_of
+from idm_fast.errors import IdmFastError
 from idm_fast.kernels.channel_stats import ChannelStats
 
 ALIGNMENT = 256  # bytes: whole cache lines, and what every vector load and copy engine likes
@@ -33,6 +34,7 @@ class Arena:
         self.device, self.lock, self.generation = device, RLock(), 0
         self.runtime = runtime or runtime_of(device)
         self.graphs = GraphPool(self.runtime)
+        self.walking = False  # a callback runs in the middle of a walk
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
@@ -41,9 +43,24 @@ class Arena:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """The right to use it, behind whoever used it before, on another thread or another stream."""
-        with self.lock, self.runtime.turn():
+        """The right to use it, behind whoever used it before, on another thread or another stream.
+
+        Raises ``IdmFastError`` in a walk's own callback: the lock lets its thread in, and the walk's values would go.
+        """
+        with self.lock:
+            if self.walking:
+                raise IdmFastError("Engine: a callback must leave the engines of its walk's arena alone until it ends")
+            with self.runtime.turn():
+                yield
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Of a walk that goes on behind the block."""
+        self.walking = True
+        try:
             yield
+        finally:
+            self.walking = False
 
     def take(self, nbytes: int) -> Tensor:
         """The first ``nbytes`` of it. Raises what torch raises where there is no such memory."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from idm_fast.engine.memory import exhausted
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import Plan
 from idm_fast.engine.precision import chosen_device, chosen_dtype
+from idm_fast.engine.surroundings import shielded
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, use_backend
+from idm_fast.kernels.extension import native
 from idm_fast.models.unet import UNet
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -65,10 +68,15 @@ class Engine:
     def __init__(self, plan: Plan, table: SamplerTable, weights: PackedWeights, arena: Arena, loop: Loop) -> None:
         self._plan, self._tables, self._loop, self.weights, self.arena = plan, plan.tables, loop, weights, arena
         self._table = table
+        self._isa = _isa()
+
+    def __reduce__(self) -> NoReturn:
+        raise IdmFastError(
+            "Engine: a compiled plan has addresses in it and cannot be pickled or copied; compile it anew"
+        )
 
     @classmethod
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @shielded
     def compile(
         cls,
         model: UNet,
@@ -133,13 +141,12 @@ class Engine:
         """Calls per evaluation."""
         return len(self._plan.step_calls)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @shielded
     def run(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Walks the table from ``start`` [N, C, H, W] and returns the images: float32, channels_last.
 
         As ``diffusion.sample`` with the network in place: ``seeds`` int64 [N], ``cond`` [N, Cc, H, W] float32;
-        ``callback(e, x, x0_hat)`` after evaluation e, of tensors that are used again.
+        ``callback(e, x, x0_hat)`` after evaluation e, of tensors that are used again; it must not use the engine.
         """
         with self.arena.turn():
             whole = self._tables.evaluations if callback is None else None
@@ -150,19 +157,18 @@ class Engine:
                 self._loop.setup()
                 for e in range(self._tables.evaluations):
                     self._loop.step(e)
-                    callback(e, self._plan.x, self._plan.history)
+                    with self.arena.interrupted():
+                        callback(e, self._plan.x, self._plan.history)
             return self._plan.x.clone()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @shielded
     def load(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None) -> None:
         """The beginning of a walk: what depends on the images alone is computed here."""
         with self.arena.turn():
             self._begin(start, seeds, cond, None)
             self._loop.setup()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @shielded
     def step(self, e: int) -> None:
         """Evaluation ``e`` of the network and the update behind it."""
         if not 0 <= e < self._tables.evaluations:
@@ -173,6 +179,8 @@ class Engine:
     def _begin(self, start: Tensor, seeds: Tensor, cond: Tensor | None, evaluations: int | None) -> None:
         """Puts the images where the plan reads them, and has the loop ready for a walk, or for single steps (None)."""
         plan = self._plan
+        if self._isa != _isa():  # weights are packed in its order
+            raise IdmFastError(f"Engine: instruction set must be that of compile = {self._isa}, got {_isa()}")
         _same("start", start, plan.x)
         _same("seeds", seeds, plan.seeds)
         if (cond is None) != (plan.cond is None):
@@ -194,8 +202,7 @@ class Engine:
         if cond is not None and plan.cond is not None:
             plan.cond.copy_(cond)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @shielded
     def use_table(self, table: SamplerTable) -> None:
         """Other coefficients, of at most as many evaluations as the engine was compiled for; nothing is recompiled.
 
@@ -216,6 +223,7 @@ class Engine:
         with self.arena.turn():
             self.arena.graphs.release()
 
+    @shielded
     def swap_weights(self, model: UNet) -> None:
         """Another network's weights in the same memory, for all engines that share them.
 
@@ -229,29 +237,32 @@ class Engine:
         workspace = self.arena.nbytes + self._plan.stats_nbytes + self._tables.nbytes
         return Memory(self.weights.nbytes, workspace, self.arena.graphs.nbytes)
 
-    @torch.no_grad()
+    @shielded
     def times(self, repeats: int = 5) -> tuple[float, ...]:
         """Median seconds of each of ``nodes``, run one by one; the buffers' contents do not matter, and are lost."""
         medians = []
         with self.arena.turn():
+            self._loop.moved(-1)
             for bound in self._plan.step_calls:
                 taken = []
                 for _ in range(repeats + 1):
                     self._tables.step.zero_()
                     taken.append(self.arena.runtime.seconds(bound.call))
                 medians.append(sorted(taken[1:])[repeats // 2])
-            self._loop.moved(-1)
         return tuple(medians)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @shielded
     def visit(self, around: Callable[[Node, Callable[[], object]], None]) -> None:
         """The first evaluation, call by call and without a graph: ``around(node, call)`` runs each. For profiles."""
         with self.arena.turn():
+            self._loop.moved(-1)
             self._tables.step.zero_()
             for bound in self._plan.step_calls:
                 around(bound.node, bound.call)
-            self._loop.moved(-1)
+
+
+def _isa() -> str:
+    return "none" if native is None else str(native.cpu_isa())
 
 
 def _check(model: UNet, shape: Shape) -> None:

@@ -182,7 +182,6 @@ class CudaRuntime:
             "torch.backends.cudnn.enabled": backends.cudnn.enabled,
             "torch.backends.cudnn.deterministic": backends.cudnn.deterministic,
             "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
-            "torch.is_autocast_enabled('cuda')": torch.is_autocast_enabled("cuda"),
         }
 
     def seconds(self, work: Work) -> float:

@@ -13,12 +13,15 @@ from idm_fast.kernels import time_embedding
 from idm_fast.kernels.conv2d_int8 import activation_scale
 from idm_fast.kernels.dispatch import use_backend
 
+ROWS = 16  # of one product: a row's sums are taken in an order that depends on how many rows there are
+
 
 class StepTables:
     """``coefficients`` [T, 8] is the sampler's table; ``rows`` [T, S] what each block adds for the time.
 
-    T = ``capacity``. After the projections' columns come (step, zero point) of each quantised convolution: they follow
-    from the norm's gamma and beta and the time's scale and shift, and from no data.
+    T = ``capacity``; ``rows`` has the next multiple of ``ROWS``, so that a walk is the same bits in tables of any
+    capacity. After the projections' columns come (step, zero point) of each quantised convolution: they follow from
+    the norm's gamma and beta and the time's scale and shift, and from no data.
     """
 
     def __init__(self, lowered: Lowered, weights: PackedWeights, capacity: int) -> None:
@@ -27,11 +30,14 @@ class StepTables:
         self._mlp = weights.made("time.mlp", _mlp)
         self._columns = self._matrix.shape[0]
         width, device = self._columns + 2 * len(lowered.ranges), weights.device
-        self.coefficients = torch.zeros(capacity, 8, device=device)
-        self.rows = torch.zeros(capacity, width, device=device)
-        self.row = torch.zeros(1, width, device=device)
+        room = -(-capacity // ROWS) * ROWS
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.coefficients, self.rows, self.row = zeros(capacity, 8), zeros(room, width), zeros(1, width)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._times = torch.zeros(capacity, device=device)
+        self._times = zeros(room)
         self.evaluations = 0
         self._computed: int | None = None  # version of the weights that made ``rows``
 
@@ -55,17 +61,21 @@ class StepTables:
 
     def compute(self) -> None:
         """``rows`` of the times that were loaded and of the weights: always the same calls, so a graph may hold it."""
+        for begin in range(0, len(self.rows), ROWS):
+            self._compute(self._times[begin : begin + ROWS], self.rows[begin : begin + ROWS])
+
+    def _compute(self, times: Tensor, rows: Tensor) -> None:
         config = self._weights.config
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._mlp
         with use_backend(None):  # once per walk, and not each back end has the time embedding
             made = time_embedding(
-                self._times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
+                times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
                 order=config.embedding_order, embed_silu=config.embed_silu,
             )  # fmt: skip
-        self.rows[:, : self._columns].copy_(made)
+        rows[:, : self._columns].copy_(made)
         for index, each in enumerate(self._lowered.ranges):
             begin = self._columns + 2 * index
-            self.rows[:, begin : begin + 2].copy_(self._range(each, made))
+            rows[:, begin : begin + 2].copy_(self._range(each, made))
 
     def _range(self, each: Range, rows: Tensor) -> Tensor:
         gamma, beta = self._weights.norm(each.norm)

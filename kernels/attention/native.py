@@ -18,7 +18,7 @@ def prepare(
     out: Tensor | None,
 ) -> Prepared:
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return Prepared((view(q), view(k), view(v), view(out), scale, torch.get_num_threads()), out)
 
 

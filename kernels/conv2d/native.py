@@ -54,7 +54,7 @@ def prepare(
     if with_stats:
         stats = stats_room("conv2d", out_stats, shape, _pieces(x, weight, bias, stride, upsample), x)
     if out is None:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     packed = _packed.get(weight)
     packed_shortcut = None if shortcut_weight is None else _packed.get(shortcut_weight)
     told = (

@@ -54,9 +54,10 @@ def pack_weight(
     Bytes for the instruction set in use and ``weight``'s dtype (see csrc/conv2d), written to ``room`` if given.
     """
     code, sizes = _CODES[weight.dtype], extents(weight)
-    packed = torch.empty(native.conv2d_packed_bytes(code, *sizes), dtype=torch.int8) if room is None else room
-    native.conv2d_pack(view(weight), *sizes, view(packed))
-    return packed
+    if room is None:
+        room = torch.empty(native.conv2d_packed_bytes(code, *sizes), dtype=torch.int8, device=weight.device)
+    native.conv2d_pack(view(weight), *sizes, view(room))
+    return room
 
 
 def extents(weight: Tensor) -> tuple[int, int, int, int]:

@@ -22,9 +22,10 @@ def pack_weight(
 ) -> Tensor:
     """Strips of output channels in words of four channels, and the sum of each output channel; see csrc/conv2d_int8."""
     sizes = extents(weight)
-    packed = torch.empty(native.conv2d_int8_packed_bytes(*sizes), dtype=torch.int8) if room is None else room
-    native.conv2d_int8_pack(view(weight), *sizes, view(packed))
-    return packed
+    if room is None:
+        room = torch.empty(native.conv2d_int8_packed_bytes(*sizes), dtype=torch.int8, device=weight.device)
+    native.conv2d_int8_pack(view(weight), *sizes, view(room))
+    return room
 
 
 _packed = PackedCache(pack_weight)
@@ -67,7 +68,7 @@ def prepare(
     if with_stats:
         stats = stats_room(NAME, out_stats, shape, _pieces(x, weight, None, None, bias, stride, upsample), x)
     if out is None:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     packed = _packed.get(weight)
     told = (
         view(x),

@@ -1,0 +1,22 @@
+"""What several commands ask of their arguments before any work. All raise ``IdmFastError``: exit code 2."""
+
+from __future__ import annotations
+
+from idm_fast.errors import IdmFastError
+from idm_fast.kernels.dispatch import BackendError, use_backend
+
+MOST_THREADS = 1024
+
+
+def check_threads(count: int) -> None:
+    if not 1 <= count <= MOST_THREADS:
+        raise IdmFastError(f"--threads must be {'>= 1' if count < 1 else f'<= {MOST_THREADS}'}, got {count}")
+
+
+def check_backend(names: str | None) -> None:
+    """That tables know the names; whether one can run here is asked call by call."""
+    try:
+        with use_backend(names):
+            pass
+    except BackendError as error:
+        raise IdmFastError(f"--{error}") from None
