@@ -204,6 +204,7 @@ def test_refusals() -> None:
 
 def test_python_goes_on_beside_it_and_can_stop_it() -> None:
     """The GIL is free while it runs, calls cannot be recorded then, and Ctrl-C ends it between two repeats."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     program, step = Program(), counter()
     record_update(program, image(1, 3, 64, 64), step)
     program.add(bind_advance(step))
@@ -220,8 +221,11 @@ def test_python_goes_on_beside_it_and_can_stop_it() -> None:
 
     thread = threading.Thread(target=beside)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        program.run(10**9)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            program.run(10**9)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert seen == ["program: calls must be recorded before it runs, got a call while it runs"]
     assert 10 <= step.item() < 10**9
