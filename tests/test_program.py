@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -249,3 +251,21 @@ def test_a_convolution_in_a_program() -> None:
         assert torch.equal(out, expected)
         assert torch.equal(room.partials, stats.partials)
         assert torch.equal(room.counts, stats.counts)
+
+
+def test_torch_s_number_of_threads_does_the_work() -> None:
+    """A fresh process has no team of threads until somebody asks for one; the tensors are too small for torch to."""
+    script = """
+import os, torch
+from idm_fast.kernels.conv2d import bind_conv2d
+from idm_fast.kernels.program import Program
+torch.set_num_threads(3)
+x, weight = (torch.ones(s).to(memory_format=torch.channels_last) for s in ((1, 4, 32, 32), (4, 4, 3, 3)))
+program = Program()
+program.add(bind_conv2d(x, weight, out=torch.empty_like(x)))
+before = len(os.listdir("/proc/self/task"))
+program.run()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) >= 2, done.stdout

@@ -71,7 +71,7 @@ class Program {
   static decltype(auto) argument(const Kept& kept, int threads) {
     constexpr bool kLast = I + 1 == std::tuple_size_v<Kept>;
     if constexpr (kLast && std::is_same_v<std::tuple_element_t<I, Kept>, int>)
-      return threads > 0 ? threads : std::get<I>(kept);
+      return static_cast<int>(threads > 0 ? threads : std::get<I>(kept));  // a value: without the cast, a reference to ours
     else
       return std::get<I>(kept);
   }
