@@ -1,4 +1,4 @@
-"""idm-fast train: makes a model from a folder of faces."""
+"""The flags that every kind of training shares, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,6 @@ from idm_fast.errors import IdmFastError
 from idm_fast.training.losses import LossWeights
 from idm_fast.training.settings import TrainSettings
 
-_EXAMPLES = """examples:
-  idm-fast train intrinsic --data faces --out runs/mine --budget-minutes 60
-  idm-fast train intrinsic --data faces --out runs/mine             again: goes on where it stopped
-  idm-fast train intrinsic --data photos --align --out runs/mine    photographs, not aligned crops
-  torchrun --nproc-per-node 8 -m idm_fast train intrinsic --data faces --out runs/mine
-"""
-_DESCRIPTION = """Trains on sharp faces degraded at random. Stops at --steps, or after --budget-minutes with its state
-kept; the same command goes on exactly where it stopped and ends with the same weights."""
 _NUMBERS = {
     "steps": "optimiser steps of the whole run",
     "batch_size": "faces a step and process",
@@ -40,57 +32,57 @@ _NUMBERS = {
     "save_every": "steps between states",
     "sheet_every": "steps between sheets",
 }
+_DEFAULTS = TrainSettings(Path(), Path())
 _ALIGNED_PX = 256  # side of the crops that --align makes: the largest trainable preset's
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Trains a model. The run's folder keeps its state."
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    t = kinds.add_parser(
-        "intrinsic", help="a conditional diffusion restorer (IDM, intrinsic part)",
-        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    d = TrainSettings(Path(), Path())
-    presets = sorted(name for name, config in PRESETS.items() if config.diffusion.prediction == "x0")
+def add_run(t: argparse.ArgumentParser, out: str) -> None:
+    """Where a run reads and writes, and when it stops. ``out`` says what the run's folder holds."""
     t.add_argument("--data", type=Path, required=True, help="aligned crops with faces.csv, or any folder of such crops")
-    t.add_argument("--out", type=Path, required=True, help="the run: state.pt, log.csv, sheets/, model.safetensors")
+    t.add_argument("--out", type=Path, required=True, help=out)
     t.add_argument(
         "--align", action="store_true", help="--data holds photographs: first cut the faces out to OUT/aligned"
     )
-    t.add_argument("--preset", default=d.preset, choices=presets, help="network to train (default: %(default)s)")
     t.add_argument("--budget-minutes", type=float, help="stop after this time, state kept")
-    for name, text in _NUMBERS.items():
-        value = getattr(d, name)
-        flag = f"--{name.replace('_', '-')}"
-        t.add_argument(flag, type=type(value), default=value, help=f"{text} (default: {value})")
-    t.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default=d.precision, help="default: %(default)s")
-    t.add_argument("--init-from", type=Path, help="model file to start from; tensors of other shapes start anew")
     # Not a default: the verb's own --debug, before KIND, would be overwritten by it.
     t.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+
+
+def add_training(t: argparse.ArgumentParser, preset: str | None = _DEFAULTS.preset, said: str = "%(default)s") -> None:
+    """The settings of one training loop. ``preset``: the default one; ``said``: how --help says it."""
+    presets = sorted(name for name, config in PRESETS.items() if config.diffusion.prediction == "x0")
+    t.add_argument("--preset", default=preset, choices=presets, help=f"network to train (default: {said})")
+    for name, text in _NUMBERS.items():
+        value = getattr(_DEFAULTS, name)
+        flag = f"--{name.replace('_', '-')}"
+        t.add_argument(flag, type=type(value), default=value, help=f"{text} (default: {value})")
+    precision = _DEFAULTS.precision
+    t.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default=precision, help="default: %(default)s")
+
+
+def add_losses(t: argparse.ArgumentParser) -> None:
     losses = t.add_argument_group("loss", "weights of its terms (0 leaves one out), and their settings")
     for item in fields(LossWeights):
         flag, kind = f"--loss-{item.name.replace('_', '-')}", type(item.default)
         losses.add_argument(flag, type=kind, default=item.default, help=f"default: {item.default}")
 
 
-def run(args: argparse.Namespace) -> int:
+def check_budget(args: argparse.Namespace) -> None:
     if args.budget_minutes is not None and not args.budget_minutes > 0:
         raise IdmFastError(f"--budget-minutes must be > 0, got {args.budget_minutes}")
+
+
+def train_settings(args: argparse.Namespace) -> TrainSettings:
+    """The settings that ``args`` ask for; with --align the faces are those that will be cut out."""
     values = {item.name: getattr(args, item.name) for item in fields(TrainSettings) if hasattr(args, item.name)}
     values["loss"] = LossWeights(**{item.name: getattr(args, f"loss_{item.name}") for item in fields(LossWeights)})
     if args.align:
         values["data"] = args.out / "aligned"
-    settings = TrainSettings(**values)  # before the faces are cut out: wrong settings should not cost that time
-    if args.align:
-        _align(args.data, settings.data)
-
-    from idm_fast.training.intrinsic import Trainer  # heavy: only when training
-
-    Trainer(settings).run(args.budget_minutes)
-    return 0
+    return TrainSettings(**values)
 
 
-def _align(photographs: Path, crops: Path) -> None:
+def align(photographs: Path, crops: Path) -> None:
+    """Cuts the faces of ``photographs`` out to the folder ``crops``, which may be half done; in one process only."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise IdmFastError(
             "--align must run in one process, got one of several; align once without torchrun (a short "

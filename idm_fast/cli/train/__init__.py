@@ -1,0 +1,21 @@
+"""idm-fast train: makes a model from a folder of faces. One file a kind, each with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from idm_fast.cli.train import intrinsic
+
+_KINDS = {"intrinsic": intrinsic}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Trains a model. The run's folder keeps its state."
+    kinds: Any = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind in _KINDS.values():
+        kind.add_parser(kinds)
+
+
+def run(args: argparse.Namespace) -> int:
+    return int(_KINDS[args.kind].run(args))
