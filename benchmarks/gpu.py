@@ -1,10 +1,11 @@
 """One command for a machine with a CUDA device: ``python benchmarks/gpu.py --out DIR --budget-seconds 480``.
 
 Runs offline, what matters most first: build, gpu tests, graphs against calls, steps a second against peers, benchmarks
-of the important operations, the waterfall, a profile, the other networks, a sample under compute-sanitizer, the rest.
-What the budget cuts off, ``--stages`` runs later: names, or how they begin. After each stage DIR/run.json is written
-anew, with the figures of the benchmarks in it; its output is in DIR/<stage>.log. A stage that fails or runs out of its
-time is recorded, and the next one runs; where the build fails, the rest runs on the sources without the native module.
+of the important operations, the waterfall, 8-bit floats, a profile, the other networks, a sample under
+compute-sanitizer, the rest. What the budget cuts off, ``--stages`` runs later: names, or how they begin. After each
+stage DIR/run.json is written anew, with the figures of the benchmarks in it; its output is in DIR/<stage>.log. A stage
+that fails or runs out of its time is recorded, and the next one runs; where the build fails, the rest runs on the
+sources without the native module.
 Without a CUDA device it says so and ends with 0; where there is a driver, but torch sees no device, with 1.
 """
 
@@ -84,6 +85,7 @@ def stages(out: Path, only: Sequence[str] = ()) -> list[Stage]:
         *(benchmark(name, 25, out) for name in operations() if name in IMPORTANT),
         steps("compile", 150, out, "--preset", "sr3-128", "--peers", "torch_compile"),
         script("waterfall", 90, out, "--preset", "sr3-128", "--seconds", "10"),
+        steps("fp8", 60, out, "--preset", "sr3-128", "idm-128", "--dtype", "fp16", "fp8"),
         profile("sr3-128", 60, out),
         steps("others", 120, out, "--preset", "gd-256", "difface-512", "sr3-512", "idm-128", "--peers", "eager"),
         steps("batch", 60, out, "--preset", "idm-128", "--batch", "1", "2", "4", "8", "16"),

@@ -1,7 +1,8 @@
 """What each optimisation is worth: ``python benchmarks/waterfall.py [--preset sr3-128] [--json FILE]``.
 
 One row each, switched on in turn and kept; all rows take turns in one process, on the same weights and noise. Compare
-rows of one run only. Rows that a device has not got (int8 on CUDA) are named and left out.
+rows of one run only. Rows that a device has not got (int8 on CUDA, fp8 elsewhere than on sm_90)
+are named and left out.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from idm_fast.bench.peers.torch_peers import eager
 from idm_fast.bench.rows import PAUSE
 from idm_fast.bench.text import markdown, number
 from idm_fast.bench.timing import Candidate, interleaved
-from idm_fast.bench.workload import DTYPES, Workload, psnr, workload
+from idm_fast.bench.workload import DTYPES, Workload, workload
 from idm_fast.engine import plan as engine_plan
+from idm_fast.engine.lossy import TIERS, why_not
 from idm_fast.engine.lower import Lowered, lower
 from idm_fast.engine.nodes import Conv, Node, Resample, Value, Weight
 from idm_fast.errors import IdmFastError
@@ -135,9 +137,14 @@ def _modules(work: Workload, low: str) -> Made:
     return Made(lambda: work.run(built.denoise, built.network_dtype), None, low)
 
 
+def eight_bits(device: torch.device) -> str | None:
+    """The 8-bit tier of the device."""
+    return next((tier for tier in TIERS if why_not(tier, device) is None), None)
+
+
 def _reusing(work: Workload, low: str) -> Made:
     """After all that the device has."""
-    dtype = "int8" if work.device.type == "cpu" else low
+    dtype = eight_bits(work.device) or low
     return engine(program=True, dtype=dtype, cache_every=2)(work, low)
 
 
@@ -151,6 +158,7 @@ STAGES = (
     Stage("the condition's half once a walk", engine()),
     Stage("no Python between calls: program, graph", engine(program=True)),
     Stage("int8 (lossy)", engine(program=True, dtype="int8"), ("cpu",)),
+    Stage("fp8 (lossy)", engine(program=True, dtype="fp8"), ("cuda",)),
     Stage("inner levels every second step (lossy)", _reusing),
 )
 
@@ -202,7 +210,7 @@ def rows(work: Workload, low: str, ceilings: roofline.Ceilings, args: argparse.N
                 "p20_ms": 1e3 * spreads[stage.name].p20 / work.steps,
                 "p80_ms": 1e3 * spreads[stage.name].p80 / work.steps,
                 "launches": each.launches, "roofline_fraction": roof / step, "note": "",
-                "psnr_to_fp32": None if truth is None else psnr(results[stage.name], truth),
+                "psnr_to_fp32": None if truth is None else work.psnr(results[stage.name], truth),
             }
         )  # fmt: skip
     return found
@@ -236,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"waterfall: {error}", file=sys.stderr)
         return 2
     low = next(name for name, value in DTYPES.items() if value == default)
-    kinds = [DTYPES[name] for name in dict.fromkeys(["fp32", low, *(["int8"] if device.type == "cpu" else [])])]
+    kinds = [DTYPES[name] for name in dict.fromkeys(["fp32", low, eight_bits(device) or low])]
     ceilings = roofline.measure(str(device), kinds, cached=True)
     found = rows(work, low, ceilings, args)
     print(f"{args.preset} {work.size[0]} x {work.size[1]}, batch {work.batch}, {work.steps} steps, {work.weights}\n")

@@ -19,8 +19,9 @@ from idm_fast.engine import Engine, EngineOptions, Memory
 from idm_fast.engine.buckets import bucket, padded
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.engine import Callback
+from idm_fast.engine.lossy import check_reuse
 from idm_fast.engine.memory import OutOfMemory
-from idm_fast.engine.precision import INT8, chosen_dtype
+from idm_fast.engine.precision import chosen_dtype
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, forced_backends, use_backend
@@ -58,9 +59,10 @@ class SampleSettings:
 
 
 class CropRestorer:
-    """x0_hat of degraded crops. ``dtype``: a torch type, its short name or "int8". ``backend`` forces kernel back ends,
-    one or several in order of preference ("cpu,torch"; see ``idm-fast ops``); None leaves the choice to
-    ``IDM_FAST_BACKEND``, or to what is fastest. ``engine=False``: the network's plain modules, the numerical truth."""
+    """x0_hat of degraded crops. ``dtype``: a torch type, a short name, "int8" or "fp8". ``backend`` forces kernel back
+    ends, one or several in order of preference ("cpu,torch"; see ``idm-fast ops``); None leaves the choice to
+    ``IDM_FAST_BACKEND``, or to what is fastest. ``engine=False``: the network's plain modules, the numerical truth.
+    ``cache_every``: as in ``EngineOptions``, lossy above 1."""
 
     def __init__(
         self,
@@ -70,16 +72,20 @@ class CropRestorer:
         dtype: torch.dtype | str,
         backend: str | None = None,
         engine: bool = True,
+        cache_every: int = 1,
     ) -> None:
-        self.config, self.device, self.backend = config, device, backend
-        self.dtype, self.quantised = chosen_dtype(dtype, device)
+        self.config, self.device, self.backend, self.cache_every = config, device, backend, cache_every
+        self.dtype, self.quantised = chosen_dtype(dtype, device, backend)
+        check_reuse(config.unet, cache_every)
         self.size = config.unet.image_size
         self.module = module.eval()
         self._engines: OrderedDict[object, Engine] | None = OrderedDict() if engine else None
         if engine:  # it packs the weights as they come, and rounds them once
             self._arena, self._weights = Arena(device), PackedWeights(module, self.dtype, device)
         elif self.quantised:
-            raise IdmFastError("dtype must be fp32, bf16 or fp16 without the engine, got int8")
+            raise IdmFastError(f"dtype must be fp32, bf16 or fp16 without the engine, got {self.quantised}")
+        elif cache_every > 1:
+            raise IdmFastError(f"cache_every must be 1 without the engine, got {cache_every}")
         else:
             module.to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.schedule = Schedule.from_config(config.diffusion)
@@ -87,8 +93,8 @@ class CropRestorer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or one in another process, compiles its own engines."""
-        dtype = INT8 if self.quantised else self.dtype
-        return CropRestorer, (self.config, self.module, self.device, dtype, self.backend, self._engines is not None)
+        dtype, engine = self.quantised or self.dtype, self._engines is not None
+        return CropRestorer, (self.config, self.module, self.device, dtype, self.backend, engine, self.cache_every)
 
     def _table(self, settings: SampleSettings) -> SamplerTable:
         strength = 1.0 if settings.strength is None else settings.strength
@@ -114,7 +120,7 @@ class CropRestorer:
         if self._engines is not None and self.config.unet.resample == "resblock":
             used += ("group_norm_silu", "resample2x")
         if self.quantised:
-            used += ("conv2d_int8",)
+            used += (f"conv2d_{self.quantised}",)
         for name in used if names else ():
             op = OPS[name]
             # The update reads the network's answer, which a residual network adds to its float32 condition.
@@ -186,11 +192,11 @@ class CropRestorer:
         key = (batch, forced_backends())
         engine = self._engines.pop(key, None)
         if engine is None or engine.capacity < table.evaluations:
-            options = EngineOptions(weights=self._weights, arena=self._arena)
+            options = EngineOptions(weights=self._weights, arena=self._arena, cache_every=self.cache_every)
             generation = self._arena.generation
             engine = Engine.compile(
                 self.module, (batch, self.size, self.size), table,
-                dtype=INT8 if self.quantised else self.dtype, device=self.device, options=options,
+                dtype=self.quantised or self.dtype, device=self.device, options=options,
             )  # fmt: skip
             if self._arena.generation != generation:  # the others hold memory that is no longer shared
                 self._engines.clear()

@@ -11,7 +11,7 @@ import torch
 from idm_fast.checkpoints import native
 from idm_fast.config import ModelConfig
 from idm_fast.crops import CropRestorer
-from idm_fast.engine.precision import INT8, chosen_device, chosen_dtype
+from idm_fast.engine.precision import chosen_device, chosen_dtype
 from idm_fast.errors import IdmFastError
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -26,19 +26,20 @@ class Target:
     """Where a model is to run. ``None`` means: choose (CUDA where there is one, and its fastest sound dtype).
 
     ``backend``: kernel back ends in order of preference, one name or several ("cpu,torch"). ``engine``: whether the
-    network runs as a compiled plan or as plain modules.
+    network runs as a compiled plan or as plain modules; ``cache_every`` as in ``EngineOptions``.
     """
 
     device: str | None = None
     dtype: str | None = None
     backend: str | None = None
     engine: bool = True
+    cache_every: int = 1
 
     def resolved(self) -> tuple[torch.device, torch.dtype | str]:
         """Checked device and dtype; raises ``IdmFastError`` for ones that are unknown or not here."""
         device = chosen_device(self.device)
-        dtype, quantised = chosen_dtype(self.dtype, device)
-        return device, INT8 if quantised else dtype
+        dtype, quantised = chosen_dtype(self.dtype, device, self.backend)
+        return device, quantised or dtype
 
 
 def shipped() -> list[str]:
@@ -76,7 +77,11 @@ def load_models(name_or_path: str | Path, target: Target) -> list[CropRestorer]:
     for file in find_files(name_or_path):
         loaded = native.load(file)
         _check_restores(file, loaded.config)
-        models.append(CropRestorer(loaded.config, loaded.module, device, dtype, target.backend, target.engine))
+        models.append(
+            CropRestorer(
+                loaded.config, loaded.module, device, dtype, target.backend, target.engine, target.cache_every
+            )
+        )  # fmt: skip
         models[-1].check_backend()
     return models
 

@@ -49,16 +49,19 @@ class Restorer:
         dtype: str | None = None,
         backend: str | None = None,
         engine: bool = True,
+        cache_every: int = 1,
     ) -> Restorer:
         """A restorer from a shipped family or model, or from a ``.safetensors`` file.
 
         A family ("idm-face") holds a model per face size and picks one for each face. ``device``: "cpu" or "cuda";
-        ``dtype``: "fp32", "bf16", "fp16" (CUDA) or "int8" (CPU; lossy); ``backend``: forces one kernel back end, or
-        several in order of preference ("cpu,torch"). All default to the fastest sound choice. ``engine=False`` runs the
-        networks' plain modules instead of compiled plans: slower, and what a plan is judged by. Raises
-        ``IdmFastError`` for unknown names, broken files, and back ends of which none can run some operation here.
+        ``dtype``: "fp32", "bf16", "fp16" (CUDA), or lossy "int8" (CPU) and "fp8" (sm_90); ``backend``: forces one
+        kernel back end, or several in order of preference ("cpu,torch"). All default to the fastest sound choice.
+        ``engine=False`` runs the networks' plain modules instead of compiled plans: slower, and what a plan is judged
+        by. ``cache_every`` k > 1 is lossy and for walks of several steps: the network's inner levels run only at every
+        k-th evaluation. Raises ``IdmFastError`` for unknown names, broken files, and back ends of which none can run
+        some operation here.
         """
-        return cls(registry.load_models(name_or_path, registry.Target(device, dtype, backend, engine)))
+        return cls(registry.load_models(name_or_path, registry.Target(device, dtype, backend, engine, cache_every)))
 
     @property
     def detector(self) -> FaceDetector:

@@ -263,7 +263,9 @@ def test_the_bench_command(tiny_model: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--dtype", "fp16"], "--dtype must be some of fp32, bf16, int8 on cpu, got fp16"),
+        (["--dtype", "fp16"], "--dtype: dtype must be fp32, bf16 or int8 on a CPU, got fp16"),
+        (["--dtype", "fp8"], "--dtype: dtype must be one that the device has: fp8 needs a CUDA device of sm_90"),
+        (["--cache-every", "0"], "cache_every must be a whole number >= 1, got 0"),
         (["--walks", "1"], "--walks must be >= 2, got 1"),
         (["--threads", "0"], "--threads must be >= 1, got 0"),
         (["--threads", "100000000000"], "--threads must be <= 1024, got 100000000000"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from PIL import Image
 from idm_fast.cli import main, session
 from idm_fast.cli.inputs import collect
 from idm_fast.errors import IdmFastError
+from idm_fast.files import atomic
 from idm_fast.images import image_size, read_image, write_image
 from idm_fast.restorer import Restorer
 
@@ -118,6 +120,45 @@ def test_an_interrupt_leaves_whole_files_and_says_what_was_done(
     (item,) = items(capsys)
     assert item["output"] == str(tmp_path / "out" / "a.png")
     assert files(tmp_path / "out") == {"a.png"}
+
+
+def test_sigterm_leaves_whole_files_and_no_hidden_ones(
+    run: Run, faces: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(picture: Any, path: Path) -> list[str]:
+        if path.name == "b.jpg":
+            with atomic(path) as half:
+                half.write_bytes(b"half a picture")
+                assert len(list(path.parent.iterdir())) == 2
+                signal.raise_signal(signal.SIGTERM)
+        return write_image(picture, path)
+
+    monkeypatch.setattr(session, "write_image", write)
+    assert run(faces, "-o", tmp_path / "out", "--json") == 143
+    (item,) = items(capsys)
+    assert item["output"] == str(tmp_path / "out" / "a.png")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_lossy_options_say_what_they_cost(tiny_model: Path, faces: Path, tmp_path: Path, capsys: Captured) -> None:
+    def run(*arguments: object) -> int:
+        return main(["restore", *map(str, arguments), "--model", str(tiny_model)])
+
+    aligned = (faces / "a.png", "--aligned", "--steps", "4", "-o")
+    assert run(*aligned, tmp_path / "exact.png") == 0
+    assert "lossy" not in capsys.readouterr().err
+    assert run(*aligned, tmp_path / "lossy.png", "--cache-every", "2") == 0
+    assert "--cache-every 2 is lossy: 50 to 55 dB PSNR to the exact walk at every 2nd" in capsys.readouterr().err
+    assert (tmp_path / "lossy.png").read_bytes() != (tmp_path / "exact.png").read_bytes()
+    for more, said in (
+        (["--cache-every", "0"], "cache_every must be a whole number >= 1, got 0"),
+        (["--cache-every", "2", "--no-engine"], "cache_every must be 1 without the engine, got 2"),
+        (["--dtype", "fp8"], "fp8 needs a CUDA device of sm_90 or later"),
+    ):
+        assert run(*aligned, tmp_path / "none.png", *more) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_existing_outputs_can_be_skipped(run: Run, faces: Path, tmp_path: Path, capsys: Captured) -> None:

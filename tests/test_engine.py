@@ -287,8 +287,8 @@ def test_what_it_refuses() -> None:
     for shape in ((1, 18, 16), (0, 16, 16)):
         with pytest.raises(IdmFastError, match="multiples of 4"):
             Engine.compile(module, shape, table)
-    with pytest.raises(IdmFastError, match="dtype must be one of fp32, bf16, fp16, int8, got 'fp8'"):
-        Engine.compile(module, (1, 16, 16), table, dtype="fp8")
+    with pytest.raises(IdmFastError, match="dtype must be one of fp32, bf16, fp16, int8, fp8, got 'fp4'"):
+        Engine.compile(module, (1, 16, 16), table, dtype="fp4")
     with pytest.raises(IdmFastError, match="on a CPU, got fp16"):
         Engine.compile(module, (1, 16, 16), table, dtype="fp16")
     for device in ("tpu", "cuda:77"):

@@ -1,4 +1,4 @@
-"""What a walk may lose: inner levels that are reused, and the range of float16."""
+"""What a walk may lose: inner levels that are reused, and the range of float16 (8 bits: test_engine_quantised)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_reused_levels_give_what_they_gave(config: UNetConfig, dtype: str) -> No
 
 
 def test_what_reuse_refuses() -> None:
-    with pytest.raises(IdmFastError, match="cache_every must be >= 1, got 0"):
+    with pytest.raises(IdmFastError, match="cache_every must be a whole number >= 1, got 0"):
         Engine.compile(_network(), (1, 16, 16), _table(), options=EngineOptions(cache_every=0))
     flat = replace(TINY, channel_mult=(1,), num_res_blocks=(1,))
     with pytest.raises(IdmFastError, match="cache_every must be 1 for a network of one level, got 2"):
@@ -79,7 +79,7 @@ def test_what_reuse_refuses() -> None:
 
 def _fp16(monkeypatch: pytest.MonkeyPatch, module: UNet) -> Engine:
     """A CPU is not offered float16: here it stands for a GPU."""
-    monkeypatch.setattr(engine, "chosen_dtype", lambda dtype, device: (torch.float16, False))
+    monkeypatch.setattr(engine, "chosen_dtype", lambda *_: (torch.float16, None))
     return Engine.compile(module, (1, 16, 16), _table(), options=EngineOptions(backend="torch"))
 
 

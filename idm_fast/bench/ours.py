@@ -15,7 +15,7 @@ from idm_fast.kernels import use_backend
 
 
 def engine(workload: Workload, dtype: str, backend: str | None = None, **options: Any) -> Engine:
-    """The compiled plan of a workload. ``dtype``: fp32, bf16, fp16 or int8; ``backend``: kernels to prefer;
+    """The compiled plan of a workload. ``dtype``: fp32, bf16, fp16, int8 or fp8; ``backend``: kernels to prefer;
     ``options``: more of ``EngineOptions``."""
     height, width = workload.size
     return Engine.compile(
@@ -25,8 +25,8 @@ def engine(workload: Workload, dtype: str, backend: str | None = None, **options
 
 
 def run(made: Engine, workload: Workload) -> Tensor:
-    """One whole walk, in [-1, 1]."""
-    return made.run(workload.start, workload.seeds, workload.cond).clamp_(-1, 1)
+    """One whole walk, as ``Workload.run``."""
+    return workload.picture(made.run(workload.start, workload.seeds, workload.cond))
 
 
 def modules(workload: Workload, dtype: str, threads: int, backend: str | None = None) -> Built:

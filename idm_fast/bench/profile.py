@@ -121,7 +121,7 @@ class Clock:
 @torch.no_grad()
 def of_engine(engine: Engine, workload: Workload, repeats: int) -> Profile:
     """Medians over ``repeats`` evaluations."""
-    nodes, quantised = engine.nodes, DTYPES["int8"]
+    nodes = engine.nodes
     laps: list[list[float]] = []
     for _ in range(repeats + 1):
         engine.load(workload.start, workload.seeds, workload.cond)
@@ -140,7 +140,7 @@ def of_engine(engine: Engine, workload: Workload, repeats: int) -> Profile:
     calls = tuple(
         Call(
             node.layer, node.op, node.backend, seconds, node.flops, node.weight_bytes, node.activation_bytes,
-            quantised if node.op == "conv2d_int8" else dtype,
+            DTYPES[tier] if (tier := getattr(node, "quantised", None)) else dtype,
         )
         for node, seconds in zip(nodes, medians, strict=True)
     )  # fmt: skip

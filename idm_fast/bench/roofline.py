@@ -76,8 +76,8 @@ def _copy(device: str, size: int) -> float:
 
 
 def _product(device: str, size: int, dtype: torch.dtype) -> float:
-    calls = [_int8_product(device, size) if dtype == torch.int8 else _float_product(device, size, dtype)]
-    if torch.device(device).type == "cpu" and dtype != torch.int8:
+    calls = [EIGHT_BITS.get(dtype, _float_product)(device, size, dtype)]
+    if torch.device(device).type == "cpu" and dtype not in EIGHT_BITS:
         calls.append(_convolution(dtype))
     found = interleaved({f"{i}": Candidate(call.run) for i, call in enumerate(calls)}, device, SECONDS)
     return max(call.flops / found[f"{i}"].best for i, call in enumerate(calls))
@@ -94,9 +94,19 @@ def _float_product(device: str, size: int, dtype: torch.dtype) -> _Call:
     return _Call(2 * size**3, lambda _: torch.mm(a, b, out=out))
 
 
-def _int8_product(device: str, size: int) -> _Call:
+def _int8_product(device: str, size: int, _: torch.dtype) -> _Call:
     a, b = (torch.randint(-127, 128, (size, size), device=device).to(torch.int8) for _ in range(2))
     return _Call(2 * size**3, lambda _: torch._int_mm(a, b))
+
+
+def _e4m3_product(device: str, size: int, dtype: torch.dtype) -> _Call:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    one = torch.ones((), device=device)
+    return _Call(2 * size**3, lambda _: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16))
+
+
+# Products that torch has under names of their own.
+EIGHT_BITS = {torch.int8: _int8_product, torch.float8_e4m3fn: _e4m3_product}
 
 
 def _convolution(dtype: torch.dtype) -> _Call:

@@ -17,7 +17,8 @@ from idm_fast.bench.plain import plain
 from idm_fast.bench.roofline import Ceilings
 from idm_fast.bench.timing import Candidate, Spread, interleaved
 from idm_fast.bench.work import total_flops
-from idm_fast.bench.workload import DTYPES, Workload, psnr
+from idm_fast.bench.workload import DTYPES, Workload
+from idm_fast.engine.lossy import TIERS
 from idm_fast.errors import IdmFastError
 
 OURS = "idm_fast"
@@ -42,6 +43,7 @@ class Runner:
     memory: int | None
     engine_memory: dict[str, int] | None
     build_seconds: float
+    lossy: bool = False
 
 
 @dataclass
@@ -52,8 +54,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Asked:
-    """``dtypes`` of ours (fp32, bf16, fp16, int8); ``peers`` by name; ``seconds`` for all runners of a workload;
-    ``least`` >= 2 timed walks each."""
+    """``dtypes`` of ours (fp32, bf16, fp16, int8, fp8); ``peers`` by name; ``seconds`` for all runners of a workload;
+    ``least`` >= 2 timed walks each; ``cache_every`` of ours, as in ``EngineOptions``."""
 
     dtypes: Sequence[str]
     peers: Sequence[str] = ()
@@ -62,6 +64,7 @@ class Asked:
     warm_up: int = 1
     threads: int = 1
     backend: str | None = None
+    cache_every: int = 1
 
 
 @torch.no_grad()
@@ -81,8 +84,8 @@ def measure(workload: Workload, asked: Asked, ceilings: Ceilings, say: Say = lam
             found.absent.append({"name": name, "preset": workload.preset, "dtype": dtype, "reason": text})
 
     for dtype in asked.dtypes:
-        attempt(OURS, dtype, lambda: _ours(workload, dtype, asked.backend, truth, gflop))  # noqa: B023
-    floats = [dtype for dtype in asked.dtypes if dtype != "int8"]
+        attempt(OURS, dtype, lambda: _ours(workload, dtype, asked, truth, gflop))  # noqa: B023
+    floats = [dtype for dtype in asked.dtypes if dtype not in TIERS]
     for peer in PEERS:
         if peer.name not in asked.peers:
             continue
@@ -112,18 +115,22 @@ def check_peers(names: Sequence[str]) -> list[str]:
     return list(names) or known
 
 
-def _ours(workload: Workload, dtype: str, backend: str | None, truth: Tensor, gflop: float) -> Runner:
+def _ours(workload: Workload, dtype: str, asked: Asked, truth: Tensor, gflop: float) -> Runner:
     before, began = used_bytes(workload.device), time.perf_counter()
-    made = ours.engine(workload, dtype, backend)
+    made = ours.engine(workload, dtype, asked.backend, cache_every=asked.cache_every)
     built_in = time.perf_counter() - began
     result = ours.run(made, workload)
     memory, held = _grown(before, workload.device), made.memory()
-    quality = psnr(result, truth)
-    if dtype != "int8":
+    quality, reuse = workload.psnr(result, truth), asked.cache_every
+    if not torch.isfinite(result).all():
+        raise IdmFastError("wrong, so it is not timed: its result is not finite")
+    if dtype not in TIERS and reuse == 1:
         _judge(workload, dtype, quality, truth)
+    note = "" if reuse == 1 else f"lossy: inner levels at every {reuse}. evaluation"
     parts = {"weights": held.weights, "workspace": held.workspace, "graph_pool": held.graph_pool}
     return Runner(
-        OURS, dtype, lambda: ours.run(made, workload), made.launches, quality, "", gflop, memory, parts, built_in
+        OURS, dtype, lambda: ours.run(made, workload), made.launches, quality, note, gflop, memory, parts, built_in,
+        lossy=dtype in TIERS or reuse > 1,
     )  # fmt: skip
 
 
@@ -132,7 +139,7 @@ def _judge(workload: Workload, dtype: str, quality: float, truth: Tensor) -> Non
     if dtype == "fp32":
         allowed = EXACT_DB if workload.device.type == "cpu" else SOUND_DB
     else:
-        allowed = min(psnr(_walk(workload, dtype), truth) - ROUNDING_DB, SOUND_DB)
+        allowed = min(workload.psnr(_walk(workload, dtype), truth) - ROUNDING_DB, SOUND_DB)
     if not quality >= allowed:
         raise IdmFastError(f"wrong, so it is not timed: PSNR to fp32 must be >= {allowed:.1f} dB, got {quality:.1f}")
 
@@ -146,7 +153,7 @@ def _peer(peer: Peer, workload: Workload, dtype: str, asked: Asked, truth: Tenso
         raise IdmFastError("its result is not finite")
     return Runner(
         peer.name, dtype, lambda: workload.run(built.denoise, built.network_dtype), built.launches,
-        psnr(result, truth) if built.gflop is None else None, built.note, built.gflop or gflop,
+        workload.psnr(result, truth) if built.gflop is None else None, built.note, built.gflop or gflop,
         _grown(before, workload.device), None, built_in,
     )  # fmt: skip
 
@@ -177,6 +184,7 @@ def _row(workload: Workload, runner: Runner, spread: Spread, ceilings: Ceilings)
         "preset": workload.preset,
         "weights": workload.weights,
         "dtype": runner.dtype,
+        "lossy": runner.lossy,
         "batch": batch,
         "height": workload.size[0],
         "width": workload.size[1],

@@ -37,7 +37,7 @@ def title(row: dict[str, Any]) -> str:
 def best_of_ours(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Our fastest row that is not lossy; of lossy ones only, the fastest of them."""
     mine = [row for row in rows if row["name"] == "idm_fast"]
-    exact = [row for row in mine if row["dtype"] != "int8"] or mine
+    exact = [row for row in mine if not row.get("lossy", row["dtype"] == "int8")] or mine
     return min(exact, key=lambda row: row["ms_per_step"], default=None)
 
 

@@ -15,14 +15,20 @@ from idm_fast.bench.work import Layer, layers
 from idm_fast.checkpoints import native
 from idm_fast.config import PRESETS, ModelConfig
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, sample
+from idm_fast.engine.lossy import check_reuse
 from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
 from idm_fast.registry import find_files, shipped
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
 SHIPPED = {"idm-128": "idm-face-128", "idm-256": "idm-face-256"}  # presets whose trained weights lie in the package
+PHOTOGRAPH_RMS = 0.5  # of a picture in [-1, 1], about
 PSNR_MOST = 200.0  # written for results that are equal bit by bit: JSON knows no infinity
+RANDOM = "random"  # how the weights of a preset that has none begin
 _BRANCHES = ("conv2.weight", "attention.out.weight")  # what a residual block or attention adds: small, or it explodes
 
 
@@ -54,6 +60,11 @@ class Workload:
         """Network evaluations of one run."""
         return self.table.evaluations
 
+    @property
+    def trained(self) -> bool:
+        """Random weights have no pictures: their walk is not clamped, or most of what they differ in would be cut."""
+        return not self.weights.startswith(RANDOM)
+
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The work of one evaluation."""
@@ -70,9 +81,17 @@ class Workload:
         return out if out.shape[1] == channels else out[:, :channels].contiguous(memory_format=torch.channels_last)
 
     def run(self, denoise: Denoise, network_dtype: torch.dtype | None) -> Tensor:
-        """The whole walk around one network, with our fused update: what every peer gets. Float32, in [-1, 1]."""
-        out = sample(denoise, self.table, self.start, self.seeds, network_dtype=network_dtype)
-        return out.clamp_(-1, 1)
+        """The whole walk around one network, with our fused update: what every peer gets. Float32."""
+        return self.picture(sample(denoise, self.table, self.start, self.seeds, network_dtype=network_dtype))
+
+    def picture(self, out: Tensor) -> Tensor:
+        """The end of a walk, of a trained network in [-1, 1]."""
+        return out.clamp_(-1, 1) if self.trained else out
+
+    def psnr(self, result: Tensor, truth: Tensor) -> float:
+        """dB; what is no picture (random weights) is first brought to the RMS of one."""
+        scale = 1.0 if self.trained else PHOTOGRAPH_RMS / float(truth.double().square().mean().sqrt())
+        return psnr(scale * result.double(), scale * truth.double())
 
 
 def names() -> list[str]:
@@ -86,30 +105,32 @@ def workload(
     """Builds one by a preset's name, a shipped model's or a .safetensors file. ``size``: side in pixels, None = the
     preset's.
 
-    A preset with trained weights in the package runs on them; others on random ones, whose pictures show nothing:
-    there PSNR says how rounding grows, not what it costs in quality. Raises ``IdmFastError`` naming what is wrong.
+    A preset with trained weights in the package runs on them; others on random ones, without a clamp: there PSNR says
+    how rounding grows, not what it costs in quality. Raises ``IdmFastError`` naming what is wrong.
     """
     check(name, batch=batch, size=size, steps=steps)
     device = torch.device(device)
     config, model, weights = _network(name)
     u, side = config.unet, config.unet.image_size if size is None else size
     table = build_table(
-        Schedule.from_config(config.diffusion), config.diffusion.prediction, config.sampler, steps, clamp=1.0
-    )
+        Schedule.from_config(config.diffusion), config.diffusion.prediction, config.sampler, steps,
+        clamp=None if weights.startswith(RANDOM) else 1.0,
+    )  # fmt: skip
     seeds = torch.arange(batch, device=device)
     start = initial_noise(seeds, (batch, u.in_channels, side, side), device)
     cond = _condition(batch, u.cond_channels, side).to(device) if u.cond_channels else None
     return Workload(name, config, model, weights, device, table, start, seeds, cond)
 
 
-def check(name: str, *, batch: int = 1, size: int | None = None, steps: int = 4) -> None:
-    """Raises what ``workload`` would, without making the network."""
+def check(name: str, *, batch: int = 1, size: int | None = None, steps: int = 4, cache_every: int = 1) -> None:
+    """Raises what ``workload`` would, and an engine for ``cache_every``, without making the network."""
     if batch < 1 or steps < 1:
         raise IdmFastError(f"batch and steps must be >= 1, got {batch} and {steps}")
     config = PRESETS[name] if name in PRESETS else _network(name)[0]
     side, multiple = config.unet.image_size if size is None else size, config.unet.size_multiple
     if side < 1 or side % multiple:
         raise IdmFastError(f"size must be a multiple of {multiple} for {name}, got {side}")
+    check_reuse(config.unet, cache_every)
     if config.unet.num_classes:
         raise IdmFastError(f"preset must be a network without classes, got {name} with {config.unet.num_classes}")
 
@@ -123,7 +144,7 @@ def psnr(result: Tensor, truth: Tensor) -> float:
 @lru_cache(maxsize=1)  # the same one for all batches, sizes and steps; nobody changes it
 def _network(name: str) -> tuple[ModelConfig, UNet, str]:
     if name in PRESETS and SHIPPED.get(name) not in shipped():
-        return PRESETS[name], _random(PRESETS[name]), "random (seed 0)"
+        return PRESETS[name], _random(PRESETS[name]), f"{RANDOM} (seed 0)"
     if name not in PRESETS and name not in shipped() and not name.endswith(".safetensors"):
         raise IdmFastError(f"preset must be one of {', '.join(names())} or a .safetensors file, got {name!r}")
     (file,) = find_files(SHIPPED.get(name, name))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from threading import current_thread, main_thread
 
 from idm_fast import __version__
 from idm_fast.errors import IdmFastError
@@ -31,21 +34,27 @@ Each verb has its own --help.
 """
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever cleans up and says what was done after Ctrl-C does so after it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit code: 0 all good, 1 some of it failed, 2 wrong usage, 130 stopped by Ctrl-C.
+    """Runs one verb and returns its exit code: 0 all good, 1 some of it failed, 2 wrong usage, 130 stopped by Ctrl-C,
+    143 by SIGTERM.
 
     argparse itself ends the process (``SystemExit``) for --help, --version and what it cannot parse (code 2).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv
     try:
-        args = _parser(argv).parse_args(argv)
-        code = int(import_module(f"idm_fast.cli.{args.verb}").run(args))
-        sys.stdout.flush()  # a closed pipe shows here and not after the end
+        with _terminable():
+            args = _parser(argv).parse_args(argv)
+            code = int(import_module(f"idm_fast.cli.{args.verb}").run(args))
+            sys.stdout.flush()  # a closed pipe shows here and not after the end
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("idm-fast: stopped", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
         return 1
@@ -55,6 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"idm-fast: error: {text}", file=sys.stderr)
         return 2 if isinstance(error, IdmFastError) else 1
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises ``Terminated`` inside the block, where nobody else has said what it is to do."""
+    if current_thread() is not main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -20,6 +20,8 @@ from idm_fast.bench.rows import OURS, Asked, check_peers, measure
 from idm_fast.bench.text import table
 from idm_fast.bench.workload import DTYPES, check, names, workload
 from idm_fast.cli.checks import check_backend, check_threads
+from idm_fast.engine.lossy import REUSE_COST
+from idm_fast.engine.precision import chosen_dtype
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 from idm_fast.registry import Target
@@ -62,8 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--size", nargs="+", type=int, metavar="PX", help="side in pixels (default: the preset's)")
     p.add_argument("--steps", nargs="+", type=int, default=[4], metavar="T", help="of a walk (default: 4)")
     p.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="ours, and the peers' where they have it; int8 is lossy, ours "
-        "and CPU only (default: the fastest sound one of the device)",
+        "--dtype", nargs="+", choices=DTYPES, help="ours, and the peers' where they have it; int8 (CPU) and fp8 "
+        "(sm_90) are lossy and ours only (default: the fastest sound one of the device)",
+    )  # fmt: skip
+    p.add_argument(
+        "--cache-every", type=int, default=1, metavar="K",
+        help=f"of ours, lossy above 1: levels below the finest at every K-th step only ({REUSE_COST})",
     )  # fmt: skip
     p = parser.add_argument_group("against")
     p.add_argument("--peers", nargs="*", metavar="PEER", help=f"{_PEERS}; without names: all (default: none)")
@@ -81,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     asked = _asked(args)
     device, default = Target(args.device).resolved()
     asked = replace(asked, dtypes=asked.dtypes or [_name(default)])
-    _check_dtypes(asked, device)
+    _check_dtypes(asked, device, args.backend)
     torch.set_num_threads(asked.threads)
     alone = str(args.json) == "-"
     combinations = list(product(args.preset, args.size or [None], args.batch, args.steps))
     for preset, size, batch, steps in combinations:  # a wrong one ends the run here, before any time is spent
-        check(preset, batch=batch, size=size, steps=steps)
+        check(preset, batch=batch, size=size, steps=steps, cache_every=asked.cache_every)
 
     kinds = [DTYPES[name] for name in dict.fromkeys([*asked.dtypes, _name(default), "fp32"])]
     ceilings = roofline.measure(str(device), kinds, cached=True)
@@ -126,14 +132,16 @@ def _asked(args: argparse.Namespace) -> Asked:
         raise IdmFastError(f"--json must be a file, got the folder {args.json}")
     peers = [] if args.peers is None else check_peers(args.peers)
     dtypes = list(dict.fromkeys(args.dtype or []))
-    return Asked(dtypes, peers, args.seconds, args.walks, threads=threads, backend=args.backend)
+    return Asked(dtypes, peers, args.seconds, args.walks, threads=threads, backend=args.backend,
+                 cache_every=args.cache_every)  # fmt: skip
 
 
-def _check_dtypes(asked: Asked, device: torch.device) -> None:
-    wrong = {"cpu": "fp16", "cuda": "int8"}[device.type]
-    if wrong in asked.dtypes:
-        others = ", ".join(name for name in DTYPES if name != wrong)
-        raise IdmFastError(f"--dtype must be some of {others} on {device}, got {wrong}")
+def _check_dtypes(asked: Asked, device: torch.device, backend: str | None) -> None:
+    for name in asked.dtypes:
+        try:
+            chosen_dtype(name, device, backend)
+        except IdmFastError as error:
+            raise IdmFastError(f"--dtype: {error}") from None
 
 
 def _name(dtype: torch.dtype | str) -> str:

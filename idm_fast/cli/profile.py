@@ -14,6 +14,8 @@ from idm_fast.bench.profile import of_engine, of_modules
 from idm_fast.bench.profile_files import call_table, op_table, write_json, write_roofline, write_trace
 from idm_fast.bench.workload import DTYPES, names, workload
 from idm_fast.cli.checks import check_backend, check_threads
+from idm_fast.engine.lossy import TIERS
+from idm_fast.engine.precision import chosen_dtype
 from idm_fast.errors import IdmFastError
 from idm_fast.registry import Target
 
@@ -58,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device, default = Target(args.device).resolved()
     dtype = args.dtype or next(name for name, value in DTYPES.items() if value == default)
-    if dtype == "int8" and args.no_engine:
-        raise IdmFastError("--dtype must be fp32, bf16 or fp16 with --no-engine, got int8")
+    if dtype in TIERS and args.no_engine:
+        raise IdmFastError(f"--dtype must be fp32, bf16 or fp16 with --no-engine, got {dtype}")
+    chosen_dtype(dtype, device, args.backend)  # before any time is spent
     if args.repeats < 2:
         raise IdmFastError(f"--repeats must be >= 2, got {args.repeats}")
     if args.threads is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from idm_fast.cli.inputs import collect
 from idm_fast.cli.session import Session
 from idm_fast.diffusion import SOLVERS
-from idm_fast.engine.precision import INT8, INT8_COST
+from idm_fast.engine.lossy import REUSE_COST, TIERS
 from idm_fast.kernels import BACKENDS
 from idm_fast.registry import DEFAULT_MODEL, FAMILIES, shipped
 from idm_fast.restorer import Restorer
@@ -17,7 +17,7 @@ from idm_fast.restorer import Restorer
 _DESCRIPTION = """Finds the faces of each picture, restores them and pastes them back; nothing else in the picture
 changes. A picture without a face is copied. One broken file does not stop the rest."""
 _EPILOG = """exit code: 0 all good, 1 some pictures failed (each is named on standard error), 2 wrong usage
-(nothing was done), 130 stopped by Ctrl-C (what was written is whole).
+(nothing was done), 130 stopped by Ctrl-C, 143 by SIGTERM (what was written is whole).
 
 --json prints one document, {"items": [{"input", "output", "faces", "ms", "error"}, ...]}, in the
 order of the inputs, also when some failed or the run was stopped; "output" is null where "error"
@@ -58,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--batch-size", type=int, default=8, help="faces a network call (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     p.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16", "int8"],
-        help="default: the fastest sound one of the device; int8 is faster on a CPU, and lossy",
+        "--dtype", choices=["fp32", "bf16", "fp16", "int8", "fp8"],
+        help="default: the fastest sound one of the device; int8 (CPU) and fp8 (CUDA, sm_90) are lossy",
+    )  # fmt: skip
+    p.add_argument(
+        "--cache-every", type=int, default=1, metavar="K",
+        help="lossy above 1, for walks of several steps: the network's inner levels at every K-th step only",
     )  # fmt: skip
     p.add_argument("--no-engine", dest="engine", action="store_false", help="plain modules instead of compiled plans")
     p.add_argument(
@@ -78,11 +82,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.dtype == INT8:
-        print(f"idm-fast: int8 is lossy: {INT8_COST}", file=sys.stderr)
+    if args.dtype in TIERS:
+        print(f"idm-fast: {args.dtype} is lossy: {TIERS[args.dtype].cost}", file=sys.stderr)
+    if args.cache_every > 1:
+        print(f"idm-fast: --cache-every {args.cache_every} is lossy: {REUSE_COST}", file=sys.stderr)
     jobs = collect(args.inputs, args.output, args.suffix, args.ext)
     restorer = Restorer.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, backend=args.backend, engine=args.engine
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        engine=args.engine,
+        cache_every=args.cache_every,
     )
     options = {
         "num_inference_steps": args.steps, "sampler": args.sampler, "eta": args.eta, "strength": args.strength,

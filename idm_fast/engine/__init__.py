@@ -6,7 +6,7 @@ buffers.py    where values lie, who shares memory     memory.py      how much th
 autotune.py   back ends by measurement                bind.py        node -> call without arguments
 plan.py       all calls, on their buffers             precision.py   devices, number formats, their limits
 loop.py       a walk call by call                     graph.py       a walk as CUDA graphs (graph_pool.py, runtime.py)
-surroundings.py  what callers set for torch code of their own
+surroundings.py  what callers set for torch code of their own     lossy.py  8-bit tiers, reuse
 engine.py     ``Engine``: compile, run, memory
 """
 

@@ -89,8 +89,8 @@ def _conv(node: nodes.Conv, b: Buffers, weights: PackedWeights) -> tuple[torch.d
     # Without room for them yet: somebody asks how much they need.
     stats: ChannelStats | None = None if node.out_stats is None else b.stats.get(node.out_stats)
     ends = (b.columns(node.time_shift), get(node.residual), node.out_stats is not None, b.tensors[node.out], stats)
-    if node.activation is not None:
-        weight, scale = weights.quantised(node.weight)
+    if node.quantised is not None and node.activation is not None:
+        weight, scale = weights.quantised(node.weight, node.quantised)
         return x.dtype, (x, weight, scale, b.row[:, slice(*node.activation)], bias, *same, *ends)
     shortcut_weight = None if node.shortcut_weight is None else weights.get(node.shortcut_weight)
     shortcut = (get(node.shortcut), get(node.shortcut_skip), shortcut_weight)

@@ -16,6 +16,7 @@ from idm_fast.engine.autotune import Autotuner, Policy
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.graph import GraphLoop
 from idm_fast.engine.loop import EagerLoop, Loop
+from idm_fast.engine.lossy import check_reuse
 from idm_fast.engine.lower import Shape, lower
 from idm_fast.engine.memory import exhausted
 from idm_fast.engine.nodes import Node
@@ -94,14 +95,11 @@ class Engine:
         """
         options = options or EngineOptions()
         place = chosen_device(device)
-        kind, quantised = chosen_dtype(dtype, place)
+        kind, quantised = chosen_dtype(dtype, place, options.backend)
         _check(model, shape)
         weights = options.weights or PackedWeights(model, kind, place)
         _fits(options, model, kind, place)
-        if options.cache_every < 1:
-            raise IdmFastError(f"Engine: cache_every must be >= 1, got {options.cache_every}")
-        if options.cache_every > 1 and len(model.config.channel_mult) == 1:
-            raise IdmFastError(f"Engine: cache_every must be 1 for a network of one level, got {options.cache_every}")
+        check_reuse(model.config, options.cache_every)
         lowered = lower(model, shape, kind, quantised=quantised, reusable=options.cache_every > 1)
         tables = StepTables(lowered, weights, table.evaluations)
         tuner = Autotuner(options.autotune, options.cache)

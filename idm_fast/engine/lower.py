@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from idm_fast.engine.lossy import TIERS
 from idm_fast.engine.nodes import (
     Advance,
     Attend,
     Coefficients,
     Columns,
     Conv,
+    EightBit,
     Node,
     Norm,
     Resample,
@@ -49,9 +51,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class Range:
-    """Two columns of the time row: (step, zero point) of the 8-bit values that a norm (and SiLU) can make."""
+    """Columns of the time row: what makes 8 bits of the values that a norm (and SiLU) can give."""
 
+    tier: EightBit
     norm: str
+    columns: Columns
     scale: Columns | None
     shift: Columns | None
     silu: bool
@@ -64,24 +68,28 @@ class Lowered:
     setup: tuple[Node, ...]
     step: tuple[Node, ...]
     projections: tuple[Projection, ...]  # of them the time row is made, first their columns,
-    ranges: tuple[Range, ...]  # then two for each of these
+    ranges: tuple[Range, ...]  # then those of each of these
     x: Value  # float32 [N, C, H, W]
     history: Value
     cond: Value | None  # float32 [N, Cc, H, W]
     inner: tuple[int, int] = (0, 0)  # of ``step``, the nodes below the finest resolution: begin and end
 
 
-def lower(model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: bool = False, reusable: bool = False) -> Lowered:
+def lower(
+    model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: EightBit | None = None, reusable: bool = False
+) -> Lowered:
     """The plan of ``model`` for N images of H x W pixels in ``dtype``.
 
-    ``quantised``: a convolution behind a norm is done on 8-bit integers, but for the network's last. ``reusable``:
-    what the inner levels give back to the finest resolution outlives the step, so that the next may leave them out.
+    ``quantised``: a convolution behind a norm is done on 8-bit numbers, but for the network's last. ``reusable``: what
+    the inner levels give back to the finest resolution outlives the step, so that the next may leave them out.
     """
     return _Lowering(model, shape, dtype, quantised, reusable).run()
 
 
 class _Lowering:
-    def __init__(self, model: UNet, shape: Shape, dtype: torch.dtype, quantised: bool, reusable: bool) -> None:
+    def __init__(
+        self, model: UNet, shape: Shape, dtype: torch.dtype, quantised: EightBit | None, reusable: bool
+    ) -> None:
         self.model, self.config, self.dtype, self.quantised = model, model.config, dtype, quantised
         self.descends = next((i for i, level in enumerate(_levels(model.down)) if _resizes(level)), None)
         self.ascends = max((i for i, level in enumerate(_levels(model.up)) if _resizes(level)), default=None)
@@ -92,6 +100,7 @@ class _Lowering:
         self.ranges: list[Range] = []
         self.projected = sum(m.embed.out_features for m in model.modules() if isinstance(m, ResBlock))
         self.columns = 0  # of them, given to blocks so far
+        self.scaled = self.projected  # columns given so far, those of ``ranges`` behind the projections among them
 
     # The whole network.
 
@@ -290,9 +299,10 @@ class _Lowering:
         rest.setdefault("weight", Weight(f"{path}.weight", "phases" if upsample else "conv"))
         rest.setdefault("bias", (Weight(f"{path}.bias", "vector"),))
         if self.quantised and quantise is not None:
-            begin = self.projected + 2 * len(self.ranges)
-            self.ranges.append(Range(quantise, scale, shift, rest.get("silu", False)))
-            rest |= {"quantised": True, "activation": (begin, begin + 2)}
+            columns = (self.scaled, self.scaled + TIERS[self.quantised].columns)
+            self.scaled = columns[1]
+            self.ranges.append(Range(self.quantised, quantise, columns, scale, shift, rest.get("silu", False)))
+            rest |= {"quantised": self.quantised, "activation": columns}
         self.nodes.append(Conv(layer=path, x=x, out=out, out_stats=stats, **rest))
         return Image(out, stats)
 

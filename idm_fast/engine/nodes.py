@@ -43,6 +43,7 @@ class StatsValue:
         return self.image.fixed
 
 
+EightBit = Literal["int8", "fp8"]  # the lossy tiers: lossy.py
 Columns = tuple[int, int]  # begin and end, of a block's columns in the time row or of channels of a weight
 
 
@@ -123,7 +124,7 @@ class Coefficients(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class Conv(Node):
-    """``conv2d``. ``quantised``: as ``conv2d_int8``, with its own pair in the row."""
+    """``conv2d``. ``quantised``: as ``conv2d_int8`` or ``conv2d_fp8``, with its own columns of the row."""
 
     x: Value
     skip: Value | None = None
@@ -139,14 +140,14 @@ class Conv(Node):
     shortcut_weight: Weight | None = None
     time_shift: Columns | None = None
     residual: Value | None = None
-    quantised: bool = False
+    quantised: EightBit | None = None
     activation: Columns | None = None
     out: Value
     out_stats: StatsValue | None = None
 
     @property
     def op(self) -> str:  # type: ignore[override]
-        return "conv2d_int8" if self.quantised else "conv2d"
+        return f"conv2d_{self.quantised}" if self.quantised else "conv2d"
 
     @property
     def channels(self) -> int:

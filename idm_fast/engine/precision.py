@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from idm_fast.engine.nodes import Value
+from idm_fast.engine.lossy import TIERS, why_not
+from idm_fast.engine.nodes import EightBit, Value
 from idm_fast.errors import IdmFastError
 
 if TYPE_CHECKING:
     from idm_fast.engine.bind import BoundNode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INT8_COST = "47 to 56 dB PSNR to fp32 in 1 and 4 steps, measured on 8 validation faces with idm-face-128 and -256"
-INT8 = "int8"  # bfloat16 (float32 without its instructions) between convolutions on 8-bit integers; CPU only
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -40,24 +39,29 @@ def chosen_device(name: torch.device | str | None) -> torch.device:
     return device
 
 
-def chosen_dtype(dtype: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, bool]:
-    """(type of images and weights, whether convolutions are quantised) for a name, a torch type or None.
+def chosen_dtype(
+    dtype: torch.dtype | str | None, device: torch.device, backend: str | None = None
+) -> tuple[torch.dtype, EightBit | None]:
+    """(type of images and weights, what convolutions behind a norm are quantised to) for a name, a torch type or None.
 
-    Raises ``IdmFastError`` for one that is unknown or that the device has not got.
+    int8 (CPU) and fp8 (sm_90) are lossy: between the convolutions the type is the device's default. ``backend``: one
+    that is forced; on a CPU it imitates fp8, to judge it. Raises ``IdmFastError`` for a dtype that is unknown or that
+    the device has not got.
     """
     if dtype is None:
-        return default_dtype(device), False
-    quantised = dtype == INT8
-    if quantised:
-        if device.type != "cpu":
-            raise IdmFastError(f"dtype must be one of {', '.join(DTYPES)} on {device}, got int8")
-        return default_dtype(device), True
+        return default_dtype(device), None
+    for tier in TIERS:
+        if dtype == tier:
+            lacking = why_not(tier, device, backend)
+            if lacking is not None:
+                raise IdmFastError(f"dtype must be one that the device has: {lacking}")
+            return default_dtype(device), tier
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise IdmFastError(f"dtype must be one of {', '.join([*DTYPES, INT8])}, got {dtype!r}")
+        raise IdmFastError(f"dtype must be one of {', '.join([*DTYPES, *TIERS])}, got {dtype!r}")
     if device.type == "cpu" and found == torch.float16:
         raise IdmFastError("dtype must be fp32, bf16 or int8 on a CPU, got fp16")
-    return found, False
+    return found, None
 
 
 FP16_RANGE = 6e4  # float16 ends at 65504; what another picture adds must fit between

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from idm_fast.diffusion import SamplerTable
+from idm_fast.engine.lossy import TIERS
 from idm_fast.engine.lower import Lowered, Range
 from idm_fast.engine.nodes import Columns, Weight
 from idm_fast.engine.weights import PackedWeights, State
 from idm_fast.kernels import time_embedding
-from idm_fast.kernels.conv2d_int8 import activation_scale
 from idm_fast.kernels.dispatch import use_backend
 
 ROWS = 16  # of one product: a row's sums are taken in an order that depends on how many rows there are
@@ -20,8 +20,8 @@ class StepTables:
     """``coefficients`` [T, 8] is the sampler's table; ``rows`` [T, S] what each block adds for the time.
 
     T = ``capacity``; ``rows`` has the next multiple of ``ROWS``, so that a walk is the same bits in tables of any
-    capacity. After the projections' columns come (step, zero point) of each quantised convolution: they follow from
-    the norm's gamma and beta and the time's scale and shift, and from no data.
+    capacity. After the projections' columns come those of each quantised convolution: they follow from the norm's
+    gamma and beta and the time's scale and shift, and from no data.
     """
 
     def __init__(self, lowered: Lowered, weights: PackedWeights, capacity: int) -> None:
@@ -29,7 +29,8 @@ class StepTables:
         self._matrix, self._bias = weights.made("time.projections", self._projections)
         self._mlp = weights.made("time.mlp", _mlp)
         self._columns = self._matrix.shape[0]
-        width, device = self._columns + 2 * len(lowered.ranges), weights.device
+        width = max((each.columns[1] for each in lowered.ranges), default=self._columns)
+        device = weights.device
         room = -(-capacity // ROWS) * ROWS
 
         def zeros(*shape: int) -> Tensor:
@@ -73,14 +74,13 @@ class StepTables:
                 order=config.embedding_order, embed_silu=config.embed_silu,
             )  # fmt: skip
         rows[:, : self._columns].copy_(made)
-        for index, each in enumerate(self._lowered.ranges):
-            begin = self._columns + 2 * index
-            rows[:, begin : begin + 2].copy_(self._range(each, made))
+        for each in self._lowered.ranges:
+            rows[:, slice(*each.columns)].copy_(self._range(each, made))
 
     def _range(self, each: Range, rows: Tensor) -> Tensor:
         gamma, beta = self._weights.norm(each.norm)
         scale, shift = _some(rows, each.scale), _some(rows, each.shift)
-        return activation_scale(gamma, beta, scale, shift, silu=each.silu)
+        return TIERS[each.tier].activation_scale(gamma, beta, scale, shift, silu=each.silu)
 
     def _projections(self, state: State) -> tuple[Tensor, ...]:
         def rows(weight: Weight) -> Tensor:

@@ -8,11 +8,11 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from idm_fast.engine.nodes import Weight
+from idm_fast.engine.lossy import TIERS
+from idm_fast.engine.nodes import EightBit, Weight
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels import phase_weights
 from idm_fast.kernels.conv2d import PackedWeight
-from idm_fast.kernels.conv2d_int8 import quantise_weight
 from idm_fast.models.unet import UNet
 
 State = dict[str, Tensor]
@@ -45,9 +45,10 @@ class PackedWeights:
         dtype = torch.float32 if weight.form == "vector" else self.dtype
         return self.made(weight, lambda state: (_formed(state, weight).to(dtype),), weight.form != "vector")[0]
 
-    def quantised(self, weight: Weight) -> tuple[Tensor, Tensor]:
-        """(int8 weight, its scales) of a convolution."""
-        made, scale = self.made(("int8", weight), lambda state: quantise_weight(_formed(state, weight)), True)
+    def quantised(self, weight: Weight, tier: EightBit) -> tuple[Tensor, Tensor]:
+        """(8-bit weight, its scales) of a convolution."""
+        quantise = TIERS[tier].quantise_weight
+        made, scale = self.made((tier, weight), lambda state: quantise(_formed(state, weight)), True)
         return made, scale
 
     def total(self, vectors: tuple[Weight, ...]) -> Tensor | None:
