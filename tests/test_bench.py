@@ -110,6 +110,18 @@ def test_psnr() -> None:
     assert psnr(x + 0.2, x) == pytest.approx(20, abs=1e-4)  # of a range of 2
 
 
+def test_psnr_of_random_weights_is_that_of_what_they_add(tiny: Workload) -> None:
+    """The noise of the walk is the same for everybody: beside it an error of a tenth would look like nothing."""
+    work = replace(tiny, weights="random (seed 0)")
+    truth = work.run(lambda x, t: 0.01 * x, torch.float32)
+    wrong = work.run(lambda x, t: 0.011 * x, torch.float32)
+    assert psnr(wrong, truth) > 40
+    assert work.psnr(wrong, truth) == pytest.approx(20 + 12, abs=0.5)  # a tenth, of an RMS of a half
+    assert work.psnr(truth, truth) == workload.PSNR_MOST
+    assert work.picture(torch.tensor([3.0])) == 3
+    assert tiny.picture(torch.tensor([3.0])) == 1
+
+
 def test_rows_of_ours_and_the_torch_peers(tiny: Workload) -> None:
     found = measure(tiny, replace(QUICK, dtypes=["fp32", "int8"], peers=["no_engine", "eager"]), CEILINGS)
     assert not found.absent

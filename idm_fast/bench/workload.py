@@ -89,9 +89,16 @@ class Workload:
         return out.clamp_(-1, 1) if self.trained else out
 
     def psnr(self, result: Tensor, truth: Tensor) -> float:
-        """dB; what is no picture (random weights) is first brought to the RMS of one."""
-        scale = 1.0 if self.trained else PHOTOGRAPH_RMS / float(truth.double().square().mean().sqrt())
+        """dB. Random weights make no picture: there what the network adds to the walk counts as one, by its RMS."""
+        if self.trained:
+            return psnr(result, truth)
+        scale = PHOTOGRAPH_RMS / float((truth - self._unmoved).double().square().mean().sqrt())
         return psnr(scale * result.double(), scale * truth.double())
+
+    @cached_property
+    def _unmoved(self) -> Tensor:
+        """The walk of a network that answers 0: the noise that everybody has, and gets right."""
+        return self.run(lambda x, t: torch.zeros_like(x), None)
 
 
 def names() -> list[str]:
