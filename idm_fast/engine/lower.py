@@ -141,7 +141,7 @@ class _Lowering:
         """The stem is linear: its share of the condition is the same at every step."""
         c, f = self.config, self.config.unshuffle
         hint = Value("stem.hint", (self.n, c.cond_channels * f * f, *inside), self.dtype, fixed=True)
-        half = Value("stem.cond_half", (self.n, c.model_channels, *inside), self.dtype, fixed=True)
+        half = Value("stem.cond_half", (self.n, c.stem_width, *inside), self.dtype, fixed=True)
         weight = Weight("stem.weight", "conv", columns=self._stem_columns()[1])
         setup.append(Unshuffle(layer="stem", x=cond, factor=f, out=hint))
         setup.append(Conv(layer="stem", x=hint, weight=weight, bias=(Weight("stem.bias", "vector"),), out=half))
@@ -150,7 +150,7 @@ class _Lowering:
     def _stem(self, entry: Value, half: Value | None) -> Image:
         bias = () if half is not None else (Weight("stem.bias", "vector"),)
         weight = Weight("stem.weight", "conv", columns=self._stem_columns()[0])
-        return self._conv("stem", entry, self.config.model_channels, weight=weight, bias=bias, residual=half)
+        return self._conv("stem", entry, self.config.stem_width, weight=weight, bias=bias, residual=half)
 
     def _level(self, level: Level, path: str, h: Image, skip: Image | None = None) -> Image:
         block = level.block
