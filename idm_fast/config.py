@@ -143,8 +143,8 @@ class DiffusionConfig:
 
     ``schedule``: ``cosine_continuous`` (alpha = cos(pi t / 2)), or discrete with ``train_steps`` entries: ``linear`` or
     ``scaled_linear`` (``beta_start``, ``beta_end``), ``cosine``, or the ``table`` of ``alphas_cumprod`` itself.
-    ``noise_level``: the network is conditioned on sqrt(alpha_bar) as in SR3 instead of on the time; ``rescale_timesteps``:
-    on 1000 index / ``train_steps`` instead of the index (guided-diffusion).
+    ``noise_level``: the network is conditioned on sqrt(alpha_bar) as in SR3 instead of on the time;
+    ``rescale_timesteps``: on 1000 index / ``train_steps`` instead of the index (guided-diffusion).
     """
 
     schedule: Literal["cosine_continuous", "linear", "scaled_linear", "cosine", "table"] = "linear"
@@ -163,7 +163,8 @@ class DiffusionConfig:
         entries = self.train_steps if self.schedule == "table" else 0
         if len(self.alphas_cumprod) != entries:
             raise IdmFastError(
-                f"alphas_cumprod of schedule {self.schedule} must have {entries} entries, got {len(self.alphas_cumprod)}"
+                f"alphas_cumprod must have {entries} entries for schedule {self.schedule}, "
+                f"got {len(self.alphas_cumprod)}"
             )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise IdmFastError(

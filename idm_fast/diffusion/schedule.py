@@ -122,8 +122,7 @@ class Schedule:
             return cls.linear(config.beta_start, config.beta_end, config.train_steps, conditioning=conditioning)
         if config.schedule == "scaled_linear":
             return cls.scaled_linear(config.beta_start, config.beta_end, config.train_steps, conditioning=conditioning)
-        known = "cosine_continuous, linear, scaled_linear, cosine or table"
-        raise IdmFastError(f"Schedule: schedule must be {known}, got {config.schedule!r}")
+        raise IdmFastError(f"Schedule: schedule must be one of DiffusionConfig's, got {config.schedule!r}")
 
     @classmethod
     def _from_betas(cls, betas: Array, conditioning: Conditioning) -> Schedule:

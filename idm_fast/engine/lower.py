@@ -243,10 +243,11 @@ class _Lowering:
 
     def _attention(self, module: Attention, path: str, x: Image) -> Image:
         n, c, h, w = x.value.shape
-        qkv = self._conv(
-            f"{path}.qkv", x.value, 3 * c, kernel=1, quantise=f"{path}.norm",
-            coefficients=self._coefficients(f"{path}.norm", module.norm, x),
-        ).value  # fmt: skip
+        normed: dict[str, Any] = {}
+        if module.norm is not None:
+            norm = f"{path}.norm"
+            normed = {"quantise": norm, "coefficients": self._coefficients(norm, module.norm, x)}
+        qkv = self._conv(f"{path}.qkv", x.value, 3 * c, kernel=1, **normed).value
         mixed = Value(f"{path}.mixed", (n, c, h, w), self.dtype)
         self.nodes.append(Attend(layer=path, qkv=qkv, heads=module.heads, order=module.order, out=mixed))
         return self._conv(f"{path}.out", mixed, c, kernel=1, residual=x.value)

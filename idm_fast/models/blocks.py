@@ -19,7 +19,7 @@ from idm_fast.models.group_norm_grad import group_norm
 
 
 def sinusoid(t: Tensor, channels: int, order: EmbeddingOrder, freq_shift: float = 0.0) -> Tensor:
-    """[N, channels]: cos and sin of t x 10000^(-i / (channels / 2 - freq_shift)), halves in the family's order (DDPM)."""
+    """[N, channels]: cos and sin of t x 10000^(-i / (channels / 2 - freq_shift)), in the family's order (DDPM)."""
     half = channels // 2
     step = -math.log(10000.0) / (half - freq_shift)
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * step)
@@ -99,7 +99,7 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """(x + conv(norm_silu(conv(norm_silu(x)), time))) / scale; ``resize`` 'up' / 'down' changes resolution inside (ADM).
+    """(x + conv(norm_silu(conv(norm_silu(x)), time))) / scale; ``resize`` 'up' / 'down': resamples inside (ADM).
 
     The embedding [N, width] enters as a shift before the second norm (DDPM, SR3) or as scale and shift after it
     (ADM, ``use_scale_shift_norm``).
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         if channels % self.heads:
             raise IdmFastError(f"Attention: channels must be a multiple of num_heads = {self.heads}, got {channels}")
         self.order = config.qkv_order
-        self.norm = NormSiLU(channels, config.norm_groups, config.norm_eps, silu=False) if normed else nn.Identity()
+        self.norm = NormSiLU(channels, config.norm_groups, config.norm_eps, silu=False) if normed else None
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=config.qkv_bias)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
@@ -165,7 +165,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, height * width, 3 * c)
+        qkv = self.qkv(x if self.norm is None else self.norm(x)).permute(0, 2, 3, 1).reshape(n, height * width, 3 * c)
         if self.order == "qkv_heads":
             q, k, v = qkv.view(n, -1, 3, self.heads, c // self.heads).unbind(2)
         else:

@@ -31,10 +31,11 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Network output of ``(x_t, t[, cond][, labels])`` (eps, v or x0: the schedule's owner knows).
 
-    Shapes: ``x`` [N, in_channels, H, W] with H and W multiples of ``config.size_multiple``; ``t`` [N] in the
-    network's own time (index, 1000 t or noise level), also [N, 1]; ``cond`` [N, cond_channels, H, W], or smaller where
-    ``config.cond_resize`` says how it is enlarged; ``labels`` int64 [N]; output [N, out_channels, H, W]. A residual network adds ``cond`` in the dtype it came in: a float32 one is not
-    rounded to the weights' dtype. Raises ``IdmFastError`` for other shapes.
+    Shapes: ``x`` [N, in_channels, H, W] with H and W multiples of ``config.size_multiple``; ``t`` [N] or [N, 1] in the
+    network's own time (index, 1000 t or noise level); ``cond`` [N, cond_channels, H, W], of another size where
+    ``config.cond_resize`` says how it is resized; ``labels`` int64 [N]; output [N, out_channels, H, W]. A residual
+    network adds ``cond`` in the dtype it came in: a float32 one is not rounded to the weights' dtype. Raises
+    ``IdmFastError`` for other shapes.
     Sources: SR3 (2104.07636), ADM (2105.05233).
     """
 
@@ -59,7 +60,11 @@ class UNet(nn.Module):
                 channels = out
                 skips.append(channels)
             if level != last:
-                down = ResBlock(channels, channels, c, resize="down") if inside else Downsample(channels, c.downsample_padding)
+                down = (
+                    ResBlock(channels, channels, c, resize="down")
+                    if inside
+                    else Downsample(channels, c.downsample_padding)
+                )
                 self.down.append(Level(down))
                 skips.append(channels)
 
