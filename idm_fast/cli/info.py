@@ -13,10 +13,8 @@ from idm_fast.registry import find_files, shipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Prints what a model file is: its settings, how it was made, and of another project's file what its keys do "
-        "not tell. Nothing in it is run. Of a family (idm-face), each model."
-    )
+    parser.description = """Prints what a model file is: its settings, how it was made, and of another project's
+file what its keys do not tell. Nothing in it is run. Of a family (idm-face), each model."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -48,7 +46,6 @@ def as_text(said: dict[str, Any]) -> str:
     if said["missing"]:
         lines.append("not told by the file (change with --set KEY=VALUE):")
     for missing in said["missing"]:
-        lines.append(
-            f"  {missing['name']}={json.dumps(missing['assumed'])}  ({missing['allowed']}): {missing['decides']}"
-        )
+        value = "must be given" if missing["assumed"] is None else json.dumps(missing["assumed"])
+        lines.append(f"  {missing['name']} = {value}  ({missing['allowed']}): {missing['decides']}")
     return "\n".join(lines)
