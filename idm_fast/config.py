@@ -16,10 +16,12 @@ ConcatOrder = Literal["x_cond", "cond_x"]
 EmbeddingOrder = Literal["cos_sin", "sin_cos"]
 QkvOrder = Literal["qkv_heads", "heads_qkv"]
 Resample = Literal["conv", "resblock"]
+MiddleAttention = Literal["norm", "no_norm", "none"]
+CondResize = Literal["none", "bilinear"]
 Prediction = Literal["eps", "v", "x0"]
 
 # Far above any real network; they keep a damaged or hostile file from asking for an endless one.
-_MOST_LEVELS, _MOST_BLOCKS = 10, 64
+_MOST_LEVELS, _MOST_BLOCKS, _MOST_TRAIN_STEPS = 10, 64, 1_000_000
 
 
 def _at_least(config: object, name: str, least: int) -> None:
@@ -32,11 +34,15 @@ class UNetConfig:
     """Shape of one U-Net. Defaults are those of guided-diffusion.
 
     ``image_size``: side in pixels the network was trained at. ``unshuffle``: factor of the pixel-unshuffle stem
-    (1 = none). ``channel_mult``, ``num_res_blocks``: per level, finest first; the first multiplier is 1.
-    ``attention_levels``: indices of levels with attention after each residual block, 0 = finest (the middle always
-    has one). ``num_head_channels``: width of one attention head, or 0 to use ``num_heads``. ``embed_channels``: width
-    of the time embedding, 0 = 4 x ``model_channels``. ``residual``: the output is added to the condition (the network
-    then predicts the change to make).
+    (1 = none). ``channel_mult``, ``num_res_blocks``: per level, finest first. ``attention_levels``: indices of levels
+    with attention after each residual block, 0 = finest. ``num_head_channels``: width of one attention head, or 0 to
+    use ``num_heads``. ``time_channels``: width of the sinusoid, 0 = that of the stem; ``embed_channels``: width of the
+    time embedding, 0 = 4 x the sinusoid. ``residual``: the output is added to the condition (the network then predicts
+    the change to make). ``cond_resize``: what is done to a condition of another size than x (super-resolution).
+
+    Of diffusers: ``freq_shift`` f makes the sinusoid's frequencies 10000^(-i / (half - f)); ``downsample_padding`` 0
+    pads below and to the right only; ``middle_attention``: of the middle, with its own norm, without, or none at all;
+    ``middle_scale`` divides what the middle's blocks and attention give; ``center_input`` maps x to 2 x - 1.
     """
 
     image_size: int
@@ -63,17 +69,24 @@ class UNetConfig:
     norm_eps: float = 1e-5
     num_classes: int = 0
     dropout: float = 0.0
+    cond_resize: CondResize = "none"
+    time_channels: int = 0
+    freq_shift: float = 0.0
+    downsample_padding: int = 1
+    middle_attention: MiddleAttention = "norm"
+    middle_scale: float = 1.0
+    center_input: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image_size", "model_channels", "in_channels", "out_channels", "unshuffle", "num_heads"):
             _at_least(self, name, 1)
-        for name in ("cond_channels", "num_head_channels", "embed_channels", "num_classes"):
+        for name in ("cond_channels", "num_head_channels", "embed_channels", "num_classes", "time_channels"):
             _at_least(self, name, 0)
         _at_least(self, "norm_groups", 1)
         levels = len(self.channel_mult)
-        if not 1 <= levels <= _MOST_LEVELS or self.channel_mult[0] != 1 or min(self.channel_mult) < 1:
+        if not 1 <= levels <= _MOST_LEVELS or min(self.channel_mult) < 1:
             raise IdmFastError(
-                f"channel_mult must be 1 to {_MOST_LEVELS} whole numbers that start with 1, got {self.channel_mult}"
+                f"channel_mult must be 1 to {_MOST_LEVELS} whole numbers from 1 up, got {self.channel_mult}"
             )
         if len(self.num_res_blocks) != levels or not all(1 <= n <= _MOST_BLOCKS for n in self.num_res_blocks):
             raise IdmFastError(
@@ -83,8 +96,16 @@ class UNetConfig:
         wrong = [level for level in self.attention_levels if not 0 <= level < levels]
         if wrong:
             raise IdmFastError(f"attention_levels must lie in 0..{levels - 1}, got {wrong}")
-        if self.model_channels % 2:
-            raise IdmFastError(f"model_channels must be even (half cosines, half sines), got {self.model_channels}")
+        if self.time_width % 2 or self.time_width <= 2 * self.freq_shift:
+            name = "time_channels" if self.time_channels else "model_channels"
+            raise IdmFastError(
+                f"{name} must be even (half cosines, half sines) and above 2 freq_shift = {2 * self.freq_shift:g}, "
+                f"got {self.time_width}"
+            )
+        if self.downsample_padding not in (0, 1):
+            raise IdmFastError(f"downsample_padding must be 0 or 1, got {self.downsample_padding}")
+        if not self.middle_scale > 0:
+            raise IdmFastError(f"middle_scale must be > 0, got {self.middle_scale}")
         if self.image_size % self.size_multiple:
             raise IdmFastError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
         if self.residual and self.cond_channels != self.out_channels:
@@ -102,28 +123,49 @@ class UNetConfig:
         return int(self.unshuffle * 2 ** (len(self.channel_mult) - 1))
 
     @property
+    def stem_width(self) -> int:
+        """Channels of the first convolution and of the last norm."""
+        return self.model_channels * self.channel_mult[0]
+
+    @property
+    def time_width(self) -> int:
+        """Channels of the sinusoid."""
+        return self.time_channels or self.stem_width
+
+    @property
     def embed_width(self) -> int:
-        return self.embed_channels or 4 * self.model_channels
+        return self.embed_channels or 4 * self.time_width
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The noise schedule a network was trained with, and what it predicts.
 
-    ``schedule``: ``cosine_continuous`` (alpha = cos(pi t / 2)), or a discrete ``linear`` / ``cosine`` table of
-    ``train_steps`` entries (``beta_start``, ``beta_end`` for linear). ``noise_level``: the network is conditioned
-    on sqrt(alpha_bar) as in SR3 instead of on the time.
+    ``schedule``: ``cosine_continuous`` (alpha = cos(pi t / 2)), or discrete with ``train_steps`` entries: ``linear`` or
+    ``scaled_linear`` (``beta_start``, ``beta_end``), ``cosine``, or the ``table`` of ``alphas_cumprod`` itself.
+    ``noise_level``: the network is conditioned on sqrt(alpha_bar) as in SR3 instead of on the time;
+    ``rescale_timesteps``: on 1000 index / ``train_steps`` instead of the index (guided-diffusion).
     """
 
-    schedule: Literal["cosine_continuous", "linear", "cosine"] = "linear"
+    schedule: Literal["cosine_continuous", "linear", "scaled_linear", "cosine", "table"] = "linear"
     prediction: Prediction = "eps"
     train_steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
     noise_level: bool = False
+    rescale_timesteps: bool = False
+    alphas_cumprod: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least(self, "train_steps", 1)
+        if self.train_steps > _MOST_TRAIN_STEPS:
+            raise IdmFastError(f"train_steps must be <= {_MOST_TRAIN_STEPS}, got {self.train_steps}")
+        entries = self.train_steps if self.schedule == "table" else 0
+        if len(self.alphas_cumprod) != entries:
+            raise IdmFastError(
+                f"alphas_cumprod must have {entries} entries for schedule {self.schedule}, "
+                f"got {len(self.alphas_cumprod)}"
+            )
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise IdmFastError(
                 f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
@@ -184,12 +226,14 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
         return value
     whole = isinstance(value, int) and not isinstance(value, bool)
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(int, item, name) for item in value)
+        return tuple(_typed(get_args(hint)[0], item, name) for item in value)
     if hint is float and (whole or (isinstance(value, float) and math.isfinite(value))):
         return float(value)
     if (hint is int and whole) or (hint in (bool, str) and isinstance(value, hint)):
         return value
-    wanted = "a list of whole numbers" if get_origin(hint) is tuple else hint.__name__
+    wanted = hint.__name__
+    if get_origin(hint) is tuple:
+        wanted = "a list of whole numbers" if get_args(hint)[0] is int else "a list of numbers"
     raise IdmFastError(f"{name} must be {wanted}, got {_shown(value)}")
 
 

@@ -47,7 +47,8 @@ class PlainAttention(nn.Module):
     def __init__(self, attention: Attention, attend: Attend) -> None:
         super().__init__()
         self.heads, self.order, self.attend = attention.heads, attention.order, attend
-        self.norm = PlainNorm(attention.norm)
+        self.norm = nn.Identity() if attention.norm is None else PlainNorm(attention.norm)
+        self.scale = attention.scale
         self.qkv, self.out = attention.qkv, attention.out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ class PlainAttention(nn.Module):
             q, k, v = qkv.view(n, -1, self.heads, 3, c // self.heads).unbind(3)
         h = self.attend(q, k, v).reshape(n, height, width, c).permute(0, 3, 1, 2)
         out: Tensor = x + self.out(h)
-        return out
+        return out if self.scale == 1 else out / self.scale
 
 
 class Network(nn.Module):

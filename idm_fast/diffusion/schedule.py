@@ -111,12 +111,18 @@ class Schedule:
         """The schedule that a model's settings name."""
         if config.schedule == "cosine_continuous":
             return cls.continuous_cosine(conditioning="noise_level" if config.noise_level else "t1000")
-        conditioning: Conditioning = "noise_level" if config.noise_level else "index"
+        conditioning: Conditioning = "t1000" if config.rescale_timesteps else "index"
+        if config.noise_level:
+            conditioning = "noise_level"
+        if config.schedule == "table":
+            return cls.from_alphas_cumprod(config.alphas_cumprod, conditioning=conditioning)
         if config.schedule == "cosine":
             return cls.cosine(config.train_steps, conditioning=conditioning)
         if config.schedule == "linear":
             return cls.linear(config.beta_start, config.beta_end, config.train_steps, conditioning=conditioning)
-        raise IdmFastError(f"Schedule: schedule must be cosine_continuous, linear or cosine, got {config.schedule!r}")
+        if config.schedule == "scaled_linear":
+            return cls.scaled_linear(config.beta_start, config.beta_end, config.train_steps, conditioning=conditioning)
+        raise IdmFastError(f"Schedule: schedule must be one of DiffusionConfig's, got {config.schedule!r}")
 
     @classmethod
     def _from_betas(cls, betas: Array, conditioning: Conditioning) -> Schedule:

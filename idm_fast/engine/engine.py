@@ -272,6 +272,11 @@ def _check(model: UNet, shape: Shape) -> None:
         )
     if c.num_classes:
         raise IdmFastError(f"Engine: model must have no classes = 0, got {c.num_classes}")
+    for name, only in (("freq_shift", 0), ("downsample_padding", 1), ("middle_scale", 1), ("center_input", False)):
+        if getattr(c, name) != only:
+            raise IdmFastError(
+                f"Engine: model must have {name} = {only}, got {getattr(c, name)} (engine=False runs plain modules)"
+            )
 
 
 def _fits(options: EngineOptions, model: UNet, dtype: torch.dtype, device: torch.device) -> None:

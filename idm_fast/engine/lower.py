@@ -150,7 +150,7 @@ class _Lowering:
         """The stem is linear: its share of the condition is the same at every step."""
         c, f = self.config, self.config.unshuffle
         hint = Value("stem.hint", (self.n, c.cond_channels * f * f, *inside), self.dtype, fixed=True)
-        half = Value("stem.cond_half", (self.n, c.model_channels, *inside), self.dtype, fixed=True)
+        half = Value("stem.cond_half", (self.n, c.stem_width, *inside), self.dtype, fixed=True)
         weight = Weight("stem.weight", "conv", columns=self._stem_columns()[1])
         setup.append(Unshuffle(layer="stem", x=cond, factor=f, out=hint))
         setup.append(Conv(layer="stem", x=hint, weight=weight, bias=(Weight("stem.bias", "vector"),), out=half))
@@ -159,7 +159,7 @@ class _Lowering:
     def _stem(self, entry: Value, half: Value | None) -> Image:
         bias = () if half is not None else (Weight("stem.bias", "vector"),)
         weight = Weight("stem.weight", "conv", columns=self._stem_columns()[0])
-        return self._conv("stem", entry, self.config.model_channels, weight=weight, bias=bias, residual=half)
+        return self._conv("stem", entry, self.config.stem_width, weight=weight, bias=bias, residual=half)
 
     def _level(self, level: Level, path: str, h: Image, skip: Image | None = None) -> Image:
         block = level.block
@@ -252,10 +252,11 @@ class _Lowering:
 
     def _attention(self, module: Attention, path: str, x: Image) -> Image:
         n, c, h, w = x.value.shape
-        qkv = self._conv(
-            f"{path}.qkv", x.value, 3 * c, kernel=1, quantise=f"{path}.norm",
-            coefficients=self._coefficients(f"{path}.norm", module.norm, x),
-        ).value  # fmt: skip
+        normed: dict[str, Any] = {}
+        if module.norm is not None:
+            norm = f"{path}.norm"
+            normed = {"quantise": norm, "coefficients": self._coefficients(norm, module.norm, x)}
+        qkv = self._conv(f"{path}.qkv", x.value, 3 * c, kernel=1, **normed).value
         mixed = Value(f"{path}.mixed", (n, c, h, w), self.dtype)
         self.nodes.append(Attend(layer=path, qkv=qkv, heads=module.heads, order=module.order, out=mixed))
         return self._conv(f"{path}.out", mixed, c, kernel=1, residual=x.value)

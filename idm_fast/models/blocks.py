@@ -18,10 +18,11 @@ from idm_fast.errors import IdmFastError
 from idm_fast.models.group_norm_grad import group_norm
 
 
-def sinusoid(t: Tensor, channels: int, order: EmbeddingOrder) -> Tensor:
-    """[N, channels]: cos and sin of t x 10000^(-i / (channels / 2)), halves in the family's order (DDPM)."""
+def sinusoid(t: Tensor, channels: int, order: EmbeddingOrder, freq_shift: float = 0.0) -> Tensor:
+    """[N, channels]: cos and sin of t x 10000^(-i / (channels / 2 - freq_shift)), in the family's order (DDPM)."""
     half = channels // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half))
+    step = -math.log(10000.0) / (half - freq_shift)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * step)
     angles = t.float()[:, None] * frequencies
     halves = [angles.cos(), angles.sin()] if order == "cos_sin" else [angles.sin(), angles.cos()]
     return torch.cat(halves, dim=1)
@@ -34,14 +35,14 @@ class TimeEmbedding(nn.Module):
     in digits that half precision has not got.
     """
 
-    def __init__(self, channels: int, width: int, order: EmbeddingOrder) -> None:
+    def __init__(self, channels: int, width: int, order: EmbeddingOrder, freq_shift: float = 0.0) -> None:
         super().__init__()
-        self.channels, self.order = channels, order
+        self.channels, self.order, self.freq_shift = channels, order, freq_shift
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        hidden = _linear32(sinusoid(t, self.channels, self.order), self.fc1)
+        hidden = _linear32(sinusoid(t, self.channels, self.order, self.freq_shift), self.fc1)
         return _linear32(F.silu(hidden), self.fc2)
 
 
@@ -74,14 +75,14 @@ class NormSiLU(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2."""
+    """3x3 convolution of stride 2; ``padding`` 0: of an image with zeros below and to the right only (DDPM)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
+        out: Tensor = self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
         return out
 
 
@@ -98,15 +99,17 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(norm_silu(conv(norm_silu(x)), time)); ``resize`` 'up' / 'down' changes resolution inside (ADM).
+    """(x + conv(norm_silu(conv(norm_silu(x)), time))) / scale; ``resize`` 'up' / 'down': resamples inside (ADM).
 
     The embedding [N, width] enters as a shift before the second norm (DDPM, SR3) or as scale and shift after it
     (ADM, ``use_scale_shift_norm``).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, resize: str | None = None) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, config: UNetConfig, resize: str | None = None, scale: float = 1.0
+    ) -> None:
         super().__init__()
-        self.resize = resize
+        self.resize, self.scale = resize, scale
         self.scale_shift = config.use_scale_shift_norm
         self.norm1 = NormSiLU(in_channels, config.norm_groups, config.norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -133,18 +136,20 @@ class ResBlock(nn.Module):
             h = self.norm2(h + projected[:, :, None, None])
         h = self.conv2(self.dropout(h))
         out: Tensor = self.skip(self._resized(x)) + h
-        return out
+        return out if self.scale == 1 else out / self.scale
 
 
 class Attention(nn.Module):
-    """x + out(softmax(q k^T / sqrt(d)) v) over the H x W positions of x [N, C, H, W].
+    """(x + out(softmax(q k^T / sqrt(d)) v)) / scale over the H x W positions of x [N, C, H, W].
 
     ``qkv_order``: the channels of the joint projection are (q, k, v) with heads inside ("qkv_heads") or heads with
-    (q, k, v) inside ("heads_qkv", guided-diffusion's legacy order). Both have the same shapes.
+    (q, k, v) inside ("heads_qkv", guided-diffusion's legacy order). Both have the same shapes. ``normed``: a group norm
+    stands before the projection.
     """
 
-    def __init__(self, channels: int, config: UNetConfig) -> None:
+    def __init__(self, channels: int, config: UNetConfig, *, normed: bool = True, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         width = config.num_head_channels
         if width and channels % width:
             raise IdmFastError(f"Attention: channels must be a multiple of num_head_channels = {width}, got {channels}")
@@ -152,7 +157,7 @@ class Attention(nn.Module):
         if channels % self.heads:
             raise IdmFastError(f"Attention: channels must be a multiple of num_heads = {self.heads}, got {channels}")
         self.order = config.qkv_order
-        self.norm = NormSiLU(channels, config.norm_groups, config.norm_eps, silu=False)
+        self.norm = NormSiLU(channels, config.norm_groups, config.norm_eps, silu=False) if normed else None
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=config.qkv_bias)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
@@ -160,7 +165,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, height * width, 3 * c)
+        qkv = self.qkv(x if self.norm is None else self.norm(x)).permute(0, 2, 3, 1).reshape(n, height * width, 3 * c)
         if self.order == "qkv_heads":
             q, k, v = qkv.view(n, -1, 3, self.heads, c // self.heads).unbind(2)
         else:
@@ -171,4 +176,4 @@ class Attention(nn.Module):
             h = ops.attention(q, k, v)
         h = h.reshape(n, height, width, c).permute(0, 3, 1, 2)
         out: Tensor = x + self.out(h)
-        return out
+        return out if self.scale == 1 else out / self.scale

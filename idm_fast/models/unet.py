@@ -31,10 +31,11 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Network output of ``(x_t, t[, cond][, labels])`` (eps, v or x0: the schedule's owner knows).
 
-    Shapes: ``x`` [N, in_channels, H, W] with H and W multiples of ``config.size_multiple``; ``t`` [N] in the
-    network's own time (index, 1000 t or noise level); ``cond`` [N, cond_channels, H, W]; ``labels`` int64 [N];
-    output [N, out_channels, H, W]. A residual network adds ``cond`` in the dtype it came in: a float32 one is not
-    rounded to the weights' dtype. Raises ``IdmFastError`` for other shapes.
+    Shapes: ``x`` [N, in_channels, H, W] with H and W multiples of ``config.size_multiple``; ``t`` [N] or [N, 1] in the
+    network's own time (index, 1000 t or noise level); ``cond`` [N, cond_channels, H, W], of another size where
+    ``config.cond_resize`` says how it is resized; ``labels`` int64 [N]; output [N, out_channels, H, W]. A residual
+    network adds ``cond`` in the dtype it came in: a float32 one is not rounded to the weights' dtype. Raises
+    ``IdmFastError`` for other shapes.
     Sources: SR3 (2104.07636), ADM (2105.05233).
     """
 
@@ -43,9 +44,9 @@ class UNet(nn.Module):
         self.config = config
         c, width = config, config.embed_width
         area = c.unshuffle**2
-        self.time = TimeEmbedding(c.model_channels, width, c.embedding_order)
+        self.time = TimeEmbedding(c.time_width, width, c.embedding_order, c.freq_shift)
         self.label = nn.Embedding(c.num_classes, width) if c.num_classes else None
-        channels = c.model_channels
+        channels = c.stem_width
         self.stem = nn.Conv2d((c.in_channels + c.cond_channels) * area, channels, 3, padding=1)
 
         skips = [channels]
@@ -59,13 +60,19 @@ class UNet(nn.Module):
                 channels = out
                 skips.append(channels)
             if level != last:
-                down = ResBlock(channels, channels, c, resize="down") if inside else Downsample(channels)
+                down = (
+                    ResBlock(channels, channels, c, resize="down")
+                    if inside
+                    else Downsample(channels, c.downsample_padding)
+                )
                 self.down.append(Level(down))
                 skips.append(channels)
 
-        self.middle = nn.ModuleList(
-            [Level(ResBlock(channels, channels, c), Attention(channels, c)), Level(ResBlock(channels, channels, c))]
-        )
+        attention = None
+        if c.middle_attention != "none":
+            attention = Attention(channels, c, normed=c.middle_attention == "norm", scale=c.middle_scale)
+        first, second = (ResBlock(channels, channels, c, scale=c.middle_scale) for _ in range(2))
+        self.middle = nn.ModuleList([Level(first, attention), Level(second)])
 
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(c.channel_mult))):
@@ -87,18 +94,22 @@ class UNet(nn.Module):
         return Level(ResBlock(in_channels, out_channels, self.config), attention)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        self._check(x, t, cond, labels)
         c = self.config
+        if t.ndim == 2 and t.shape[1] == 1:
+            t = t[:, 0]
+        if cond is not None and c.cond_resize == "bilinear" and cond.ndim == 4 and cond.shape[2:] != x.shape[2:]:
+            cond = nn.functional.interpolate(cond, x.shape[2:], mode="bilinear")
+        self._check(x, t, cond, labels)
         embedding = self.time(t)
         if self.label is not None and labels is not None:
             embedding = embedding + self.label(labels)
         if c.embed_silu:
             embedding = nn.functional.silu(embedding)
         embedding = embedding.to(self.stem.weight.dtype)
-        h = x
+        h = 2 * x - 1 if c.center_input else x
         if cond is not None:
             hint = cond.to(x.dtype)
-            h = torch.cat([x, hint] if c.concat_order == "x_cond" else [hint, x], dim=1)
+            h = torch.cat([h, hint] if c.concat_order == "x_cond" else [hint, h], dim=1)
         if c.unshuffle > 1:
             h = nn.functional.pixel_unshuffle(h, c.unshuffle)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))

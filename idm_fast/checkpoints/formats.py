@@ -1,0 +1,61 @@
+"""The public formats, and how one is told by the names of its tensors."""
+
+from __future__ import annotations
+
+from idm_fast.checkpoints.format import Format
+from idm_fast.checkpoints.guided_diffusion import DIFFACE, GUIDED_DIFFUSION
+from idm_fast.checkpoints.source import Source
+from idm_fast.checkpoints.sr3 import SR3
+from idm_fast.errors import IdmFastError
+
+# The first that matches is taken: a narrower format stands before a wider one.
+FORMATS: dict[str, Format] = {made.name: made for made in (SR3, DIFFACE, GUIDED_DIFFUSION)}
+
+# Names by which networks of other purposes are known, for the message.
+_OTHERS = (
+    ("lora_", "low-rank additions to another network (LoRA)"),
+    ("text_model.", "a text encoder (CLIP)"),
+    ("visual.transformer.", "an image and text encoder (CLIP)"),
+    ("vision_model.", "an image encoder (CLIP)"),
+    ("model.layers.", "a language model"),
+    ("transformer.h.", "a language model (GPT)"),
+    ("encoder.layer.", "a language model (BERT)"),
+    (".transformer_blocks.", "a network with cross-attention (text to image)"),
+    ("double_blocks.", "a diffusion transformer"),
+    ("x_embedder.", "a diffusion transformer"),
+    ("RDB1.", "an image network (RRDBNet, ESRGAN)"),
+    ("layers.0.residual_group", "an image network (SwinIR)"),
+    ("layer1.0.conv1.", "an image classifier (ResNet)"),
+    ("generator.", "a generative adversarial network"),
+)
+
+
+def choose(source: Source, name: str = "auto") -> Format:
+    """The format called ``name``, or the one whose names ``source`` has; ``IdmFastError`` where there is none."""
+    if name != "auto":
+        if name not in FORMATS:
+            raise IdmFastError(f"format must be auto, {', '.join(FORMATS)}, got {name!r}")
+        if not FORMATS[name].matches(source) and name not in _alike(source):
+            raise IdmFastError(f"{source.path}: must be of format {name} = {FORMATS[name].title}, got {what(source)}")
+        return FORMATS[name]
+    for made in FORMATS.values():
+        if made.matches(source):
+            return made
+    raise IdmFastError(f"{source.path}: must be of a known format = {', '.join(FORMATS)}, got {what(source)}")
+
+
+def what(source: Source) -> str:
+    """What the names of an unknown file look like, for a message."""
+    matched = next((made.title for made in FORMATS.values() if made.matches(source)), None)
+    if matched is not None:
+        return matched
+    names = list(source.tensors)
+    for part, words in _OTHERS:
+        if any(part in name for name in names):
+            return f"names of {words}: {names[:3]}"
+    return f"{len(names)} tensors with names such as {names[:3]}"
+
+
+def _alike(source: Source) -> tuple[str, ...]:
+    """A DifFace file whose levels have all the same number of blocks looks like guided-diffusion's, by intent."""
+    return (DIFFACE.name,) if GUIDED_DIFFUSION.matches(source) else ()
