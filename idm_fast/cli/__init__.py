@@ -16,6 +16,7 @@ from idm_fast.errors import IdmFastError
 
 VERBS = {
     "restore": "restore the faces of photographs",
+    "clean": "enhance a data set of faces with a restorer, for training on it",
     "train": "train a model",
     "convert": "make a model file of another project's weights",
     "info": "say what a model file is",

@@ -65,7 +65,7 @@ def align_folder(
         )
     # Made before the loop: a missing detector is an error of the run, not of each photograph.
     detector = detector or shared_detector()
-    photographs = [path for path in _photographs(src) if not path.is_relative_to(dst)]
+    photographs = [path for path in picture_files(src) if not path.is_relative_to(dst)]
     lengths = {path.relative_to(src).as_posix(): _length(path) for path in photographs}
     report = AlignReport()
     try:
@@ -115,7 +115,7 @@ def _open(path: Path, mode: str) -> IO[str]:
     return path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
-def _photographs(folder: Path) -> Iterator[Path]:
+def picture_files(folder: Path) -> Iterator[Path]:
     """Readable picture files under ``folder``, in a fixed order, hidden ones left out."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -48,7 +48,7 @@ def paste(
     faces: Sequence[AlignedFace],
     *,
     originals: Sequence[torch.Tensor] | torch.Tensor | None = None,
-    blend: float = 1.0,
+    blend: float | Sequence[float] = 1.0,
     color: ColorMatch = "low",
     detail: Literal["auto"] | float = "auto",
     feather: bool = True,
@@ -57,7 +57,7 @@ def paste(
 
     ``crops``: restored faces [3, S, S], RGB, -1..1; sizes may differ. ``originals``: what the network was given for
     each, resampled again when None (needed when ``pixels`` was enlarged after cropping). ``blend``: 0 keeps the
-    picture, 1 the restored face. ``color``: "low" keeps the original's shading and colour at the coarsest scale,
+    picture, 1 the restored face; a list has one for each face. ``color``: "low" keeps the original's shading and colour at the coarsest scale,
     "mean" only its mean colour, "none" neither. ``detail``: gain of the original's detail beyond the crop, "auto" to
     measure whether it is detail or noise, or a number from 0 to 1. ``feather``: False replaces each crop up to its very
     edge, for a picture that is itself one crop.
@@ -65,14 +65,13 @@ def paste(
     Where crops overlap, each pixel goes to the face whose centre is nearest in its own scale, with a smooth change
     from one to the other, so the result does not depend on the order.
     """
-    _check(crops, faces, originals, blend, color, detail)
+    blends = [blend] * len(faces) if isinstance(blend, int | float) else list(blend)
+    _check(crops, faces, originals, blends, color, detail)
     out = pixels.copy()
-    if blend == 0.0:
-        return out
     for index, (crop, face) in enumerate(zip(crops, faces, strict=True)):
         before = crop_face(pixels, face, crop.shape[-1]) if originals is None else originals[index]
         x0, y0, x1, y1 = bounds = _bounds(face, pixels.shape)
-        if x0 == x1 or y0 == y1:
+        if x0 == x1 or y0 == y1 or blends[index] == 0.0:
             continue
         change = _Change(
             pixels, crop.detach().cpu().float(), before.detach().cpu().float(), face, bounds, color, detail
@@ -81,7 +80,7 @@ def paste(
         rows = max(16, _STRIP_PIXELS // max(x1 - x0, 1))
         for top in range(y0, y1, rows):
             bottom = min(top + rows, y1)
-            delta = change.at(x0, top, x1, bottom).mul_(blend)
+            delta = change.at(x0, top, x1, bottom).mul_(blends[index])
             if feather:
                 delta *= _mask(face, rivals, x0, top, x1, bottom)
             out[top:bottom, x0:x1] += delta.permute(1, 2, 0).numpy()
@@ -250,10 +249,12 @@ def _check(
     crops: Sequence[torch.Tensor] | torch.Tensor,
     faces: Sequence[AlignedFace],
     originals: Sequence[torch.Tensor] | torch.Tensor | None,
-    blend: float,
+    blends: Sequence[float],
     color: str,
     detail: object,
 ) -> None:
+    if len(blends) != len(faces):
+        raise IdmFastError(f"paste: blend must be a number or one for each face = {len(faces)}, got {len(blends)}")
     if len(crops) != len(faces) or (originals is not None and len(originals) != len(faces)):
         count = len(crops) if len(crops) != len(faces) or originals is None else len(originals)
         raise IdmFastError(f"paste: crops and originals must be one for each face = {len(faces)}, got {count}")
@@ -262,8 +263,9 @@ def _check(
             raise IdmFastError(f"paste: crops must be [3, size, size], got {list(crop.shape)}")
         if not bool(torch.isfinite(crop).all()):
             raise IdmFastError("paste: crops must be finite, got NaN or infinite values from the network")
-    if not 0.0 <= blend <= 1.0:
-        raise IdmFastError(f"paste: blend must be from 0 to 1, got {blend}")
+    for blend in blends:
+        if not 0.0 <= blend <= 1.0:
+            raise IdmFastError(f"paste: blend must be from 0 to 1, got {blend}")
     if color not in ("low", "mean", "none"):
         raise IdmFastError(f"paste: color must be low, mean or none, got {color!r}")
     if detail != "auto" and not (isinstance(detail, int | float) and 0.0 <= detail <= 1.0):

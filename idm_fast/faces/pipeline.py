@@ -78,7 +78,7 @@ def paste_faces(
     crops: Sequence[torch.Tensor] | torch.Tensor,
     *,
     originals: Sequence[torch.Tensor] | torch.Tensor | None = None,
-    blend: float = 1.0,
+    blend: float | Sequence[float] = 1.0,
     color: ColorMatch = "low",
     detail: Literal["auto"] | float = "auto",
     aligned: bool = False,
