@@ -12,9 +12,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from idm_fast.clean import CleanOptions, CleanSummary
 
 # Triton reads this when it decorates a kernel, so it must be set before anything imports triton. On a machine with a
 # CUDA device the kernels run there instead.
@@ -169,3 +175,49 @@ def build_module() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def load_file() -> Callable[[str, Path], ModuleType]:
     return load
+
+
+class Cleaning:
+    """Runs of the data-set cleaner over eleven aligned crops of 48 px, in two folders; two are the same bytes."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        from idm_fast.clean import CleanOptions
+
+        self.folder, self.model, self.source, self.out = folder, model, folder / "in", folder / "out"
+        self.free = CleanOptions(steps=1, max_identity_distance=None, max_low_frequency=None, batch_size=4)
+        (self.source / "deeper").mkdir(parents=True)
+        for number in range(9):
+            self.crop(number).save(self.source / f"{number}.jpg", quality=95)
+        self.crop(9).save(self.source / "deeper" / "9.png")
+        shutil.copy(self.source / "3.jpg", self.source / "deeper" / "again.jpg")
+
+    def run(self, options: CleanOptions | None = None, out: str = "out", **more: Any) -> CleanSummary:
+        from idm_fast.clean import clean
+
+        return clean(self.source, self.folder / out, self.model, options or self.free, **more)
+
+    def free_but(self, **changed: Any) -> CleanOptions:
+        """Options without bounds, some of them changed."""
+        return replace(self.free, **changed)
+
+    @staticmethod
+    def crop(seed: int, side: int = 48) -> Image.Image:
+        """A smooth picture of its own."""
+        coarse = np.random.default_rng(seed).integers(40, 216, (6, 6, 3)).astype(np.uint8)
+        return Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+
+    def records(self, out: str = "out") -> dict[str, dict[str, Any]]:
+        from idm_fast.clean import manifest
+
+        return {record["file"]: record for record in manifest.scan(self.folder / out / "clean.jsonl")}
+
+    def pictures(self, folder: str = "out") -> dict[str, bytes]:
+        """The bytes of every picture of a folder, by name."""
+        root = self.folder / folder
+        files = [path for path in root.rglob("*") if path.is_file() and path.suffix in (".png", ".jpg", ".bmp")]
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def cleaning(tmp_path: Path, tiny_model: Path) -> Cleaning:
+    return Cleaning(tmp_path, tiny_model)

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,31 @@ if TYPE_CHECKING:
 _numbers = itertools.count()
 
 
+@dataclass
+class Finished:
+    """The records of a group's pictures, up to the one that the disk had no room for."""
+
+    records: list[Record] = field(default_factory=list)
+    error: DiskError | None = None
+
+
 class Finisher:
     """Finishes the pictures of one worker."""
 
     def __init__(self, setup: Setup, identity: Identity | None) -> None:
         self.setup, self.options, self.identity = setup, setup.options, identity
 
-    def finish(self, group: Sequence[Work]) -> list[Record]:
+    def finish(self, group: Sequence[Work]) -> Finished:
         """Their records, each after its file; faces of all of them are recognised together."""
+        done = Finished()
+        try:
+            self._finish(group, done.records)
+        except DiskError as error:  # what was written before it stays true
+            done.error = error
+        return done
+
+    def _finish(self, group: Sequence[Work], records: list[Record]) -> None:
         pasted: list[tuple[Work, FloatArray]] = []
-        records: list[Record] = []
         for work in group:
             if work.error is not None:
                 records.append(failed(work.task, work.error))
@@ -54,7 +70,6 @@ class Finisher:
             mine = verdicts[first : first + len(work.faces)]
             first += len(work.faces)
             records.append(self._written(work, pixels, mine))
-        return records
 
     def _paste(self, work: Work, blend: float | list[float]) -> FloatArray:
         assert work.picture is not None
@@ -113,7 +128,9 @@ class Finisher:
             data = source.read_bytes()
         except OSError as error:
             return failed(task, f"{source}: must be readable, got {error.strerror or error}")
-        return _record(task, "copied", output=task.name, output_bytes=place(self.setup.out, task.name, data), reason=why)
+        return _record(
+            task, "copied", output=task.name, output_bytes=place(self.setup.out, task.name, data), reason=why
+        )
 
 
 def failed(task: Task, why: str) -> Record:

@@ -1,10 +1,10 @@
 """The output folder of the cleaner: where it may lie, what it remembers of its settings, and that one run has it.
 
-    OUT/.../*.png       the enhanced pictures, under the names of the originals
-    OUT/faces.csv       the source's, with what became of each, where the source has one
-    OUT/clean.jsonl     the manifest
-    OUT/clean.json      the settings
-    OUT/.clean/         the lock, and pictures not yet whole
+OUT/.../*.png       the enhanced pictures, under the names of the originals
+OUT/faces.csv       the source's, with what became of each, where the source has one
+OUT/clean.jsonl     the manifest
+OUT/clean.json      the settings
+OUT/.clean/         the lock, and pictures not yet whole
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise IdmFastError(f"{out}: output must be this run's alone, got another run that is working there") from None
+            raise IdmFastError(
+                f"{out}: output must be this run's alone, got another run that is working there"
+            ) from None
         if existing.exists():
             _compare(existing, settings)
         else:

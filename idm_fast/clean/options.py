@@ -12,7 +12,7 @@ from idm_fast.errors import IdmFastError
 from idm_fast.images import WRITABLE
 
 # Chosen by measurement: see docs/clean.md.
-MAX_IDENTITY_DISTANCE = 0.3
+MAX_IDENTITY_DISTANCE = 0.5
 MAX_LOW_FREQUENCY = 0.03
 _SEEDS = 2**62
 
@@ -70,7 +70,7 @@ class CleanOptions:
         ):
             value: Any = getattr(self, name)
             optional = name not in ("seed", "blend", "batch_size")
-            if (value is None and optional) or (isinstance(value, kind) and not isinstance(value, bool)):
+            if (value is None and optional) or (isinstance(value, kind) and value is not True and value is not False):
                 continue
             raise IdmFastError(f"{name} must be {words}{' or None' if optional else ''}, got {value!r}")
         for name in ("steps", "batch_size", "limit"):

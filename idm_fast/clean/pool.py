@@ -21,7 +21,9 @@ from idm_fast.clean.manifest import DiskError, Record
 from idm_fast.clean.work import Cleaner, Setup, reason
 from idm_fast.errors import IdmFastError
 
-_CHUNK_BATCHES = 4  # a worker's pipeline runs dry between two chunks, so not too small; lost with a worker, so not large
+_CHUNK_BATCHES = (
+    4  # a worker's pipeline runs dry between two chunks, so not too small; lost with a worker, so not large
+)
 _TRIES = 3  # of a picture whose worker dies
 
 

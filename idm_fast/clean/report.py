@@ -91,7 +91,9 @@ def _title(summary: CleanSummary, tally: Tally) -> list[str]:
 
 def _histogram(tally: Tally, after: str, label: str, before: str | None) -> Image.Image | None:
     """Share of faces in each tenth of a decade of a measure, of the original too where it has one."""
-    shown = [(name, text) for name, text in ((before, "original"), (after, "written" if before else "restored")) if name]
+    shown = [
+        (name, text) for name, text in ((before, "original"), (after, "written" if before else "restored")) if name
+    ]
     found = [(tally.counts[name], text) for name, text in shown if name in tally.counts]
     if not found:
         return None
@@ -99,7 +101,9 @@ def _histogram(tally: Tally, after: str, label: str, before: str | None) -> Imag
     low, high = min(bins), max(bins) + 1
     most = max(max(counts.values()) / sum(counts.values()) for counts, _ in found)
     ends = [10 ** (place / 10) for place in (low, high)]
-    chart = Chart(label, Axis(*ends, log=True), Axis(0.0, most * 1.08), "value (logarithmic)", "share of faces")
+    chart = Chart(
+        label, Axis(ends[0], ends[1], log=True), Axis(0.0, most * 1.08), "value (logarithmic)", "share of faces"
+    )
     for (counts, text), colour in zip(found, COLOURS[2 - len(found) :], strict=False):
         total, steps = sum(counts.values()), []
         for place in range(low, high):

@@ -131,7 +131,7 @@ class _Run:
         if task is not None and (record.get("bytes"), record.get("asked")) != (task.length, task.asked):
             return False
         try:
-            return (self.setup.out / record["output"]).stat().st_size == record["output_bytes"]
+            return (self.setup.out / str(record["output"])).stat().st_size == int(record["output_bytes"])
         except OSError:
             return False
 
@@ -162,9 +162,10 @@ def _write_table(out: Path, listing: Listing) -> None:
     for record in manifest.scan(out / MANIFEST):
         if record["result"] != "failed":
             face = (record.get("faces") or [{}])[0]
-            values = (face.get(column) for column in FACE_COLUMNS[1:])
             became = record.get("first", record["result"])
-            found[record["file"]] = (record["output"], became, *("" if value is None else str(value) for value in values))
+            measured = [face.get(column) for column in FACE_COLUMNS[1:]]
+            texts = ["" if value is None else str(value) for value in measured]
+            found[record["file"]] = (str(record["output"]), str(became), *texts)
     columns = [*listing.columns, *(name for name in FACE_COLUMNS if name not in listing.columns)]
     with (
         atomic(out / FACES_CSV) as temporary,

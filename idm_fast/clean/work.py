@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from idm_fast import registry
-from idm_fast.clean.finish import Finisher
+from idm_fast.clean.finish import Finished, Finisher
 from idm_fast.clean.listing import Task
 from idm_fast.clean.manifest import Record
 from idm_fast.clean.measure import Identity, device_of
@@ -69,6 +69,14 @@ def reason(error: BaseException) -> str:
     return text if isinstance(error, IdmFastError) else f"{type(error).__name__}: {text}"
 
 
+def _records(finished: Future[Finished]) -> Iterator[Record]:
+    """Of a group, before the error that ended it."""
+    group = finished.result()
+    yield from group.records
+    if group.error is not None:
+        raise group.error
+
+
 class Cleaner:
     """Restores pictures one after another, on one device. Raises ``IdmFastError`` for what ``Setup`` names wrongly."""
 
@@ -90,15 +98,15 @@ class Cleaner:
         finisher = Finisher(self.setup, self.identity)
         readers = 1 if self.detector is not None else min(4, os.cpu_count() or 1)
         with ThreadPoolExecutor(readers, "read") as reading, ThreadPoolExecutor(1, "finish") as finishing:
-            finishes: deque[Future[list[Record]]] = deque()
+            finishes: deque[Future[Finished]] = deque()
             try:
                 for ready in self._restored(tasks, reading):
                     finishes.append(finishing.submit(finisher.finish, ready))
                     # One batch is finished beside the network and one may wait; more would only fill memory.
                     while len(finishes) > 2 or (finishes and finishes[0].done()):
-                        yield from finishes.popleft().result()
+                        yield from _records(finishes.popleft())
                 while finishes:
-                    yield from finishes.popleft().result()
+                    yield from _records(finishes.popleft())
             finally:
                 for pool in (reading, finishing):  # of a run that ends early, what has not begun is left
                     pool.shutdown(wait=False, cancel_futures=True)

@@ -17,8 +17,9 @@ from idm_fast.diffusion import SOLVERS
 from idm_fast.errors import IdmFastError
 from idm_fast.registry import DEFAULT_MODEL, FAMILIES, shipped
 
-_DESCRIPTION = """Restores the pictures of a data set themselves, so that a model can be trained on better ones: reads the
-folder IN, and writes the enhanced set to the folder OUT under the same names. IN is never changed.
+_DESCRIPTION = """Restores the pictures of a data set themselves, so that a model can be trained on better ones:
+reads the folder IN, and writes the enhanced set to the folder OUT under the same names. IN is
+never changed.
 
 Each restored face is compared with its original. Beyond --max-identity-distance (recognition) or
 --max-low-frequency (what a 16 x 16 thumbnail shows) three quarters, a half and a quarter of the
@@ -69,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-low-frequency", type=_bound, default=d.max_low_frequency, metavar="D",
         help="difference of 16 x 16 thumbnails, 0..1, or 'none' (default: %(default)s)",
     )  # fmt: skip
-    p.add_argument("--blend", type=float, default=d.blend, help="how much of a restored face is taken, 0..1 (default: 1)")
+    p.add_argument(
+        "--blend", type=float, default=d.blend, help="how much of a restored face is taken, 0..1 (default: 1)"
+    )
 
     p = parser.add_argument_group("pictures")
     kind = p.add_mutually_exclusive_group()

@@ -57,10 +57,10 @@ def paste(
 
     ``crops``: restored faces [3, S, S], RGB, -1..1; sizes may differ. ``originals``: what the network was given for
     each, resampled again when None (needed when ``pixels`` was enlarged after cropping). ``blend``: 0 keeps the
-    picture, 1 the restored face; a list has one for each face. ``color``: "low" keeps the original's shading and colour at the coarsest scale,
-    "mean" only its mean colour, "none" neither. ``detail``: gain of the original's detail beyond the crop, "auto" to
-    measure whether it is detail or noise, or a number from 0 to 1. ``feather``: False replaces each crop up to its very
-    edge, for a picture that is itself one crop.
+    picture, 1 the restored face; a list has one for each face. ``color``: "low" keeps the original's shading and colour
+    at the coarsest scale, "mean" only its mean colour, "none" neither. ``detail``: gain of the original's detail beyond
+    the crop, "auto" to measure whether it is detail or noise, or a number from 0 to 1. ``feather``: False replaces each
+    crop up to its very edge, for a picture that is itself one crop.
 
     Where crops overlap, each pixel goes to the face whose centre is nearest in its own scale, with a smooth change
     from one to the other, so the result does not depend on the order.
