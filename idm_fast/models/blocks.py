@@ -1,4 +1,4 @@
-"""The parts of the U-Net: residual block, attention, resampling, time embedding.
+"""The parts of U-Nets and autoencoders: residual blocks, attention, resampling, time embedding.
 
 With gradients off, norms and attention run through ``idm_fast.ops`` and so through the fastest back end of the
 machine; with gradients on they are plain torch.
@@ -7,15 +7,41 @@ machine; with gradients on they are plain torch.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from idm_fast import ops
-from idm_fast.config import EmbeddingOrder, UNetConfig
+from idm_fast.config import EmbeddingOrder, QkvOrder, UNetConfig
 from idm_fast.errors import IdmFastError
 from idm_fast.models.group_norm_grad import group_norm
+
+
+class NormSettings(Protocol):
+    @property
+    def norm_groups(self) -> int: ...
+
+    @property
+    def norm_eps(self) -> float: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+
+class AttentionSettings(NormSettings, Protocol):
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def num_head_channels(self) -> int: ...
+
+    @property
+    def qkv_order(self) -> QkvOrder: ...
+
+    @property
+    def qkv_bias(self) -> bool: ...
 
 
 def sinusoid(t: Tensor, channels: int, order: EmbeddingOrder, freq_shift: float = 0.0) -> Tensor:
@@ -139,6 +165,24 @@ class ResBlock(nn.Module):
         return out if self.scale == 1 else out / self.scale
 
 
+class PlainBlock(nn.Module):
+    """x + conv(norm_silu(conv(norm_silu(x)))): a residual block that knows of no time (VQGAN)."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: NormSettings) -> None:
+        super().__init__()
+        self.norm1 = NormSiLU(in_channels, config.norm_groups, config.norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = NormSiLU(out_channels, config.norm_groups, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(self.dropout(self.norm2(self.conv1(self.norm1(x)))))
+        out: Tensor = self.skip(x) + h
+        return out
+
+
 class Attention(nn.Module):
     """(x + out(softmax(q k^T / sqrt(d)) v)) / scale over the H x W positions of x [N, C, H, W].
 
@@ -147,7 +191,7 @@ class Attention(nn.Module):
     stands before the projection.
     """
 
-    def __init__(self, channels: int, config: UNetConfig, *, normed: bool = True, scale: float = 1.0) -> None:
+    def __init__(self, channels: int, config: AttentionSettings, *, normed: bool = True, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
         width = config.num_head_channels
