@@ -126,6 +126,11 @@ def _resample(node: nodes.Resample, b: Buffers, _: PackedWeights) -> tuple[torch
     return x.dtype, (x, node.up, b.tensors[node.out])
 
 
+def _nearest(node: nodes.Nearest, b: Buffers, weights: PackedWeights) -> tuple[torch.dtype, Arguments]:
+    x, out, codes = (b.tensors[value] for value in (node.x, node.out, node.out_codes))
+    return x.dtype, (x, weights.get(node.codebook), codes, out)
+
+
 _ARGUMENTS: dict[type[Node], Any] = {
     nodes.Coefficients: _coefficients,
     nodes.Conv: _conv,
@@ -133,6 +138,7 @@ _ARGUMENTS: dict[type[Node], Any] = {
     nodes.Attend: _attend,
     nodes.Resample: _resample,
     nodes.Update: _update,
+    nodes.Nearest: _nearest,
 }
 
 
@@ -159,11 +165,26 @@ def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> tuple[str, Call]:
     n, c, h, w = x.shape
     # [N, h, f, w, f, C] -> channels (C, f, f): pixel_unshuffle's order.
     cells = x.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
-    return "torch", partial(out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).copy_, cells)
+    inner = out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f)
+    if node.turned:  # no view of torch runs backwards
+        return "torch", lambda: inner.copy_(cells.flip(1, 2))
+    return "torch", partial(inner.copy_, cells)
+
+
+def _shuffle(node: nodes.Shuffle, b: Buffers) -> tuple[str, Call]:
+    x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
+    n, c, h, w = out.shape
+    # [N, h, w, C, f, f] -> rows (h, f) and columns (w, f).
+    cells = x.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).permute(0, 1, 4, 2, 5, 3)
+    outer = out.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c)
+    if node.turned:
+        return "torch", lambda: outer.copy_(cells.flip(1, 3))
+    return "torch", partial(outer.copy_, cells)
 
 
 _COPIES: dict[type[Node], Any] = {
     nodes.TimeRow: _time_row,
     nodes.Advance: _advance,
     nodes.Unshuffle: _unshuffle,
+    nodes.Shuffle: _shuffle,
 }

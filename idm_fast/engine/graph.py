@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from itertools import count
 
 from idm_fast.engine.graph_pool import GraphPool, Key
 from idm_fast.engine.loop import EagerLoop
@@ -25,15 +24,13 @@ from idm_fast.engine.loop import EagerLoop
 # nothing, since the device is busy for milliseconds when the host prepares the next.
 MOST_CALLS = 8192
 
-_owners = count()
-
 
 class GraphLoop:
     """``EagerLoop`` with every call of the device recorded once and replayed."""
 
     def __init__(self, eager: EagerLoop, pool: GraphPool) -> None:
         self.eager, self.pool, self.most_calls = eager, pool, MOST_CALLS
-        self._owner = next(_owners)
+        self._owner = pool.new_owner()
         weakref.finalize(self, pool.abandon, self._owner).atexit = False
 
     def prepare(self, evaluations: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from threading import RLock
 
 import torch
@@ -14,7 +15,9 @@ from idm_fast.errors import IdmFastError
 
 MOST_BYTES = 2**30  # of a pool's graphs; the one in use may be larger
 
-Key = tuple[str, int]  # ("walk", evaluations), ("setup", 0), ("step", 0) or, reusing the inner levels, ("step", 1)
+# ("walk", evaluations), ("setup", 0), ("step", 0) or, reusing the inner levels, ("step", 1); of an autoencoder
+# ("encode", 0), ("decode", 0) and, without its codebook, ("decode_as_is", 0).
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class GraphPool:
         self._pooled = 0
         self._abandoned: deque[int] = deque()
         self._lock = RLock()
+        self._owners = count()
+
+    def new_owner(self) -> int:
+        """A number that no other plan of the pool has."""
+        return next(self._owners)
 
     @property
     def nbytes(self) -> int:

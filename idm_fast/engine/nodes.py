@@ -52,7 +52,7 @@ class Weight:
     """A parameter of the network by its name in the state dict, and what is made of it (weights.py)."""
 
     name: str
-    form: Literal["conv", "phases", "matrix", "vector"]
+    form: Literal["conv", "turned", "phases", "matrix", "vector"]  # turned: by 180 degrees
     rows: Columns | None = None  # of the output channels; None: all
     columns: Columns | None = None  # of the input channels
 
@@ -213,12 +213,35 @@ class Resample(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class Unshuffle(Node):
-    """float32 [N, C, H, W] -> pixel_unshuffle of it in the network's dtype."""
+    """float32 [N, C, H, W] -> pixel_unshuffle of it in the network's dtype; ``turned``: then turned by 180 degrees."""
 
     x: Value
     factor: int
+    turned: bool = False
     out: Value
     op = "unshuffle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shuffle(Node):
+    """What a network ends with -> pixel_shuffle of it in float32; ``turned``: turned by 180 degrees before."""
+
+    x: Value
+    factor: int
+    turned: bool = False
+    out: Value
+    op = "shuffle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest(Node):
+    """``vq_nearest``: the nearest code of each position, as an image and as numbers."""
+
+    x: Value
+    codebook: Weight
+    out: Value
+    out_codes: Value
+    op = "vq_nearest"
 
 
 @dataclass(frozen=True, kw_only=True)

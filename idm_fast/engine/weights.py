@@ -14,6 +14,7 @@ from idm_fast.errors import IdmFastError
 from idm_fast.kernels import phase_weights
 from idm_fast.kernels.conv2d import PackedWeight
 from idm_fast.models.unet import UNet
+from idm_fast.models.vqgan import Vqgan
 
 State = dict[str, Tensor]
 Recipe = Callable[[State], tuple[Tensor, ...]]
@@ -26,7 +27,7 @@ class PackedWeights:
     all of the time embedding are float32. Made from the parameters as they are, so a float32 network rounds once.
     """
 
-    def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: UNet | Vqgan, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = model.config, dtype, device
         self._state: State = dict(model.state_dict())
         self._made: dict[object, tuple[Recipe, tuple[Tensor, ...]]] = {}
@@ -72,7 +73,7 @@ class PackedWeights:
                     self._made[key] = (recipe, (PackedWeight(first) if packed else first, *rest))
             return self._made[key][1]
 
-    def swap(self, model: UNet) -> None:
+    def swap(self, model: UNet | Vqgan) -> None:
         """Other weights of the same network, written into the same memory.
 
         Raises ``IdmFastError``, with nothing changed, for a network of another shape.
@@ -110,6 +111,8 @@ def _formed(state: State, weight: Weight) -> Tensor:
         tensor = tensor[:, slice(*weight.columns)]
     if weight.form == "phases":
         return phase_weights(tensor)
+    if weight.form == "turned":
+        return tensor.flip(2, 3).contiguous(memory_format=torch.channels_last)
     if weight.form == "matrix":
         return tensor.flatten(1).contiguous()
     return tensor.contiguous(memory_format=torch.channels_last) if weight.form == "conv" else tensor
