@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from idm_fast.errors import IdmFastError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ConcatOrder = Literal["x_cond", "cond_x"]
 EmbeddingOrder = Literal["cos_sin", "sin_cos"]
@@ -192,7 +195,7 @@ class ModelConfig:
         return asdict(self)
 
 
-Config = TypeVar("Config", UNetConfig, DiffusionConfig, ModelConfig)
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
@@ -218,8 +221,8 @@ def from_dict(cls: type[Config], values: Any, where: str = "config") -> Config:
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
     """``value`` as the type ``hint`` of a field asks; JSON's lists become tuples and its whole numbers floats."""
-    if is_dataclass(hint):
-        return from_dict(hint, value, name)  # type: ignore[type-var,arg-type,unused-ignore]
+    if is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, name)
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise IdmFastError(f"{name} must be one of {get_args(hint)}, got {_shown(value)}")

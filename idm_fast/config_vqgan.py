@@ -16,10 +16,10 @@ _MOST_LEVELS, _MOST_BLOCKS, _MOST_CHANNELS, _MOST_CODES = 8, 64, 1 << 14, 1 << 2
 class VqganConfig:
     """Shape of one VQGAN. Defaults are those of the public taming and LDM layout; its f4 is the preset ``vq-f4``.
 
-    ``image_size``: side in pixels the network was trained at. ``model_channels``: width of the stem, times
-    ``channel_mult`` that of each level, finest first. ``num_res_blocks``: the encoder's, per level; the decoder has one
-    more. ``attention_levels``: indices of levels with attention behind each residual block, 0 = finest;
-    ``middle_attention``: one in the middle. ``unshuffle``: factor of the pixel-unshuffle before the stem and the
+    ``image_size``: side in pixels the network was trained at. ``model_channels`` times ``channel_mult`` is the width of
+    each level, finest first; ``stem_channels`` that of the encoder's first convolution, 0 = ``model_channels``.
+    ``num_res_blocks``: the encoder's, per level; the decoder has one more. ``attention_levels``: indices of levels with
+    attention behind each residual block, 0 = finest; ``middle_attention``: one in the middle. ``unshuffle``: factor of the pixel-unshuffle before the stem and the
     pixel-shuffle at the end (1 = none). ``z_channels``: what the encoder ends with; ``embed_channels``: of a latent and
     of a code. ``latent_scale``: a latent times this has about unit deviation, as a diffusion over latents wants it;
     encoding and decoding do not apply it.
@@ -31,6 +31,7 @@ class VqganConfig:
     num_res_blocks: tuple[int, ...]
     attention_levels: tuple[int, ...] = ()
     middle_attention: bool = True
+    stem_channels: int = 0
     in_channels: int = 3
     out_channels: int = 3
     unshuffle: int = 1
@@ -41,6 +42,7 @@ class VqganConfig:
     norm_eps: float = 1e-6
     dropout: float = 0.0
     latent_scale: float = 1.0
+    name: str = "vqgan"
 
     def __post_init__(self) -> None:
         most = {"codebook_size": _MOST_CODES, "image_size": 1 << 16}
@@ -51,6 +53,8 @@ class VqganConfig:
             value, limit = getattr(self, name), most.get(name, _MOST_CHANNELS)
             if not 1 <= value <= limit:
                 raise IdmFastError(f"{name} must lie in 1..{limit}, got {value}")
+        if not 0 <= self.stem_channels <= _MOST_CHANNELS:
+            raise IdmFastError(f"stem_channels must lie in 0..{_MOST_CHANNELS}, got {self.stem_channels}")
         levels = len(self.channel_mult)
         if not 1 <= levels <= _MOST_LEVELS or not all(1 <= mult <= _MOST_CHANNELS for mult in self.channel_mult):
             raise IdmFastError(
@@ -76,6 +80,11 @@ class VqganConfig:
     def factor(self) -> int:
         """How many pixels of a side become one position of the latent."""
         return int(self.unshuffle * 2 ** (len(self.channel_mult) - 1))
+
+    @property
+    def stem_width(self) -> int:
+        """Channels behind the encoder's first convolution."""
+        return self.stem_channels or self.model_channels
 
     @property
     def size_multiple(self) -> int:
@@ -106,12 +115,14 @@ class VqganConfig:
 
 VQGAN_PRESETS: dict[str, VqganConfig] = {
     # LDM's vq-f4: 55.3 M parameters, 64 x 64 codes for a picture of 256.
-    "vq-f4": VqganConfig(image_size=256, model_channels=128, channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2)),
+    "vq-f4": VqganConfig(
+        image_size=256, model_channels=128, channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2), name="vq-f4"
+    ),
     # Ours: the unshuffle leaves the finest level at half the side, where a block costs a quarter, and the middle has no
     # attention, which over 32 x 32 positions would cost as much as four of its convolutions; 2.5 M parameters.
     "vq-face-128": VqganConfig(
         image_size=128, model_channels=64, channel_mult=(1, 2), num_res_blocks=(1, 1), middle_attention=False,
-        unshuffle=2, z_channels=4, embed_channels=4,
+        unshuffle=2, z_channels=4, embed_channels=4, name="vq-face-128",
     ),
 }  # fmt: skip
 

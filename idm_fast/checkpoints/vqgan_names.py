@@ -5,11 +5,11 @@ All three have the same modules. Only an attention differs in shape: one joint p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from idm_fast.config_vqgan import VqganConfig
@@ -54,7 +54,7 @@ def modules(config: VqganConfig) -> list[Module]:
         found.append(Module(f"{side}.out_norm", (f"{side}.norm_out",), (f"{side}.conv_norm_out",)))
         found.append(_same(f"{side}.out_conv", f"{side}.conv_out"))
 
-    index, before = 0, config.model_channels
+    index, before = 0, config.stem_width
     for level in levels:
         path = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
         stage, index = _stage("encoder.down", index, path, config.num_res_blocks[level], level, before, config)
@@ -115,28 +115,33 @@ def _attention(name: str, taming: str, diffusers: str) -> list[Module]:
     ]
 
 
-def renamed(state: Mapping[str, Tensor], config: VqganConfig, family: Family) -> dict[str, Tensor]:
-    """The state dict of a ``family`` as one of ours. Every tensor must be there: see ``expected``."""
-    found = {}
-    for module in modules(config):
-        for leaf in module.leaves:
-            parts = [state[f"{part}.{leaf}"] for part in module.parts(family)]
-            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if module.linear and leaf == "weight":
-                tensor = tensor.reshape(*tensor.shape[:2], 1, 1)
-            found[f"{module.name}.{leaf}"] = tensor
-    return found
+def names(config: VqganConfig, family: Family) -> dict[str, tuple[str, ...]]:
+    """Our tensor -> theirs, which are stacked along their first dimension."""
+    return {
+        f"{module.name}.{leaf}": tuple(f"{part}.{leaf}" for part in module.parts(family))
+        for module in modules(config)
+        for leaf in module.leaves
+    }
+
+
+def level_widths(stem: int, widths: Sequence[int]) -> dict[str, Any]:
+    """The fields of ``VqganConfig`` for a stem and levels, finest first, of so many channels."""
+    unit = math.gcd(stem, *widths)
+    return {
+        "model_channels": unit, "channel_mult": tuple(width // unit for width in widths),
+        "stem_channels": 0 if stem == unit else stem,
+    }  # fmt: skip
 
 
 def foreign(state: Mapping[str, Tensor], config: VqganConfig, family: Family) -> dict[str, Tensor]:
-    """Our state dict as one of ``family``: the inverse of ``renamed``. Meta tensors give the shapes it must have."""
+    """Our state dict as one of ``family``."""
     found = {}
     for module in modules(config):
-        names = module.parts(family)
+        parts = module.parts(family)
         for leaf in module.leaves:
             tensor = state[f"{module.name}.{leaf}"]
             if module.linear and leaf == "weight" and family == "diffusers":
                 tensor = tensor.flatten(1)
-            for name, part in zip(names, tensor.chunk(len(names)), strict=True):
-                found[f"{name}.{leaf}"] = part.contiguous()
+            for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
+                found[f"{part}.{leaf}"] = piece.contiguous()
     return found

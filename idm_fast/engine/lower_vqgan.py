@@ -40,7 +40,7 @@ def lower_encoder(model: Vqgan, shape: Shape, dtype: torch.dtype) -> LoweredPart
     inside = (height // c.unshuffle, width // c.unshuffle)
     entry = Value("encoder.input", (n, c.in_channels * c.unshuffle**2, *inside), dtype)
     write.nodes.append(Unshuffle(layer="encoder", x=x, factor=c.unshuffle, turned=True, out=entry))
-    h = write.conv("encoder.stem", entry, c.model_channels)
+    h = write.conv("encoder.stem", entry, c.stem_width)
     h = write.stack("encoder.down", model.encoder.down, h)
     h = write.stack("encoder.middle", model.encoder.middle, h)
     h = write.normed_conv("encoder.out_norm", "encoder.out_conv", model.encoder.out_norm, h, c.z_channels)

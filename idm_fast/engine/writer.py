@@ -42,9 +42,7 @@ class Writer:
     def coefficients(self, path: str, norm: NormSiLU, x: Image) -> Value:
         """What the norm at ``path`` makes of the statistics of ``x``, for the convolution behind it."""
         out = Value(f"{path}.coefficients", (self.n, 3, x.value.shape[1]), torch.float32)
-        self.nodes.append(
-            Coefficients(layer=path, stats=x.stats, norm=path, groups=norm.groups, eps=norm.eps, out=out)
-        )
+        self.nodes.append(Coefficients(layer=path, stats=x.stats, norm=path, groups=norm.groups, eps=norm.eps, out=out))
         return out
 
     def normed_conv(self, norm: str, path: str, module: NormSiLU, x: Image, out_channels: int, **rest: Any) -> Image:

@@ -23,7 +23,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
         self.unshuffle = config.unshuffle
-        channels = config.model_channels
+        channels = config.stem_width
         self.stem = nn.Conv2d(config.in_channels * config.unshuffle**2, channels, 3, padding=1)
         down: list[nn.Module] = []
         for level, mult in enumerate(config.channel_mult):
@@ -151,6 +151,4 @@ def _stage(inputs: int, width: int, level: int, config: VqganConfig) -> list[nn.
 
 def _middle(channels: int, config: VqganConfig) -> nn.Sequential:
     attention = [Attention(channels, config)] if config.middle_attention else []
-    return nn.Sequential(
-        PlainBlock(channels, channels, config), *attention, PlainBlock(channels, channels, config)
-    )
+    return nn.Sequential(PlainBlock(channels, channels, config), *attention, PlainBlock(channels, channels, config))
