@@ -19,10 +19,10 @@ class VqganConfig:
     ``image_size``: side in pixels the network was trained at. ``model_channels`` times ``channel_mult`` is the width of
     each level, finest first; ``stem_channels`` that of the encoder's first convolution, 0 = ``model_channels``.
     ``num_res_blocks``: the encoder's, per level; the decoder has one more. ``attention_levels``: indices of levels with
-    attention behind each residual block, 0 = finest; ``middle_attention``: one in the middle. ``unshuffle``: factor of the pixel-unshuffle before the stem and the
-    pixel-shuffle at the end (1 = none). ``z_channels``: what the encoder ends with; ``embed_channels``: of a latent and
-    of a code. ``latent_scale``: a latent times this has about unit deviation, as a diffusion over latents wants it;
-    encoding and decoding do not apply it.
+    attention behind each residual block, 0 = finest; ``middle_attention``: one in the middle. ``unshuffle``: factor of
+    the pixel-unshuffle before the stem and of the pixel-shuffle at the end (1 = none). ``z_channels``: what the encoder
+    ends with; ``embed_channels``: of a latent and of a code. ``latent_scale``: a latent times this has about unit
+    deviation, as a diffusion over latents wants it; encoding and decoding do not apply it.
     """
 
     image_size: int

@@ -139,10 +139,10 @@ def test_weights_are_swapped_shared_or_refused() -> None:
     latent = engine.encode(x)
     engine.swap_weights(second)
     assert torch.equal(shared.decode(latent), expected)
-    with pytest.raises(IdmFastError, match="swap_weights: .* must be of shape"):
+    with pytest.raises(IdmFastError, match=r"swap_weights: .* must be of shape"):
         engine.swap_weights(_network(replace(TINY, codebook_size=32)))
     assert torch.equal(engine.decode(latent), expected)
-    with pytest.raises(IdmFastError, match="weights must be of the model's configuration in torch.bfloat16"):
+    with pytest.raises(IdmFastError, match=r"weights must be of the model's configuration in torch\.bfloat16"):
         AutoencoderEngine.compile(first, SHAPE, dtype="bf16", options=options)
 
 

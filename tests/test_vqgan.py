@@ -62,7 +62,8 @@ def test_gradients_pass_the_codes_straight_through() -> None:
     codes = module.quantize(latent)[0].detach().requires_grad_()
     module.decode(latent).square().sum().backward()
     module.decode(codes, quantize=False).square().sum().backward()
-    assert latent.grad is not None and codes.grad is not None
+    assert latent.grad is not None
+    assert codes.grad is not None
     assert torch.allclose(latent.grad, codes.grad, rtol=1e-3, atol=1e-5 * codes.grad.abs().max().item())
     assert module.codebook.weight.grad is None
     module(_pictures()).mean().backward()
@@ -104,7 +105,7 @@ def test_a_config_survives_json_and_says_what_is_wrong() -> None:
     ):
         with pytest.raises(IdmFastError, match=message):
             replace(TINY, **changed)  # type: ignore[arg-type]
-    with pytest.raises(IdmFastError, match="preset must be one of .*vq-f4.*, got 'vq-f5'"):
+    with pytest.raises(IdmFastError, match=r"preset must be one of .*vq-f4.*, got 'vq-f5'"):
         vqgan_preset("vq-f5")
     with pytest.raises(IdmFastError, match="multiple of norm_groups = 3, got 8"):
         Vqgan(replace(TINY, norm_groups=3))
@@ -113,7 +114,7 @@ def test_a_config_survives_json_and_says_what_is_wrong() -> None:
 def test_what_it_refuses() -> None:
     module = _network()
     for shape in ((1, 3, 18, 16), (1, 4, 16, 16), (0, 3, 16, 16), (3, 16, 16)):
-        with pytest.raises(IdmFastError, match="x must be .* multiples of 4, got"):
+        with pytest.raises(IdmFastError, match=r"x must be .* multiples of 4, got"):
             module.encode(torch.zeros(shape))
     for call in (module.decode, module.quantize):
         with pytest.raises(IdmFastError, match=r"latent must be \[N, 5, h, w\], got \(1, 3, 4, 4\)"):

@@ -101,7 +101,7 @@ class AutoencoderEngine:
         device: torch.device | str = "cpu",
         options: EngineOptions | None = None,
     ) -> AutoencoderEngine:
-        """The plans of ``model`` for N pictures of H x W pixels. ``options`` as for ``Engine``, without ``cache_every``.
+        """The plans of ``model`` for N pictures of H x W pixels; ``options`` as for ``Engine``, but no ``cache_every``.
 
         Raises ``IdmFastError`` for a shape the network cannot take, an unknown dtype, device or back end, and back
         ends of which none can run some call; ``OutOfMemory`` with the need and what there is.
@@ -153,7 +153,8 @@ class AutoencoderEngine:
     def quantize(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """(nearest codes as an image of ``latent``'s shape in float32, their numbers int64 [N, h, w])."""
         part = self.decoder
-        assert part.quantised is not None and part.codes is not None
+        assert part.quantised is not None
+        assert part.codes is not None
         _same("latent", latent, part.x)
         with self.arena.turn():
             part.x.copy_(latent)
@@ -162,7 +163,7 @@ class AutoencoderEngine:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """The calls of the encoder and then of the decoder, each with its layer, operation, backend, FLOPs and bytes."""
+        """The calls of the encoder and then of the decoder, with layer, operation, backend, FLOPs and bytes of each."""
         return tuple(bound.node for part in (self.encoder, self.decoder) for bound in part.calls)
 
     @shielded
