@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from idm_fast.checkpoints.diffusers_vqgan import DIFFUSERS_VQGAN
 from idm_fast.checkpoints.format import Format
 from idm_fast.checkpoints.guided_diffusion import DIFFACE, GUIDED_DIFFUSION
 from idm_fast.checkpoints.source import Source
 from idm_fast.checkpoints.sr3 import SR3
+from idm_fast.checkpoints.vqgan import VQGAN
 from idm_fast.errors import IdmFastError
 
 # The first that matches is taken: a narrower format stands before a wider one.
-FORMATS: dict[str, Format] = {made.name: made for made in (SR3, DIFFACE, GUIDED_DIFFUSION)}
+FORMATS: dict[str, Format] = {made.name: made for made in (SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN)}
+_ALIASES = {"ldm-vq": VQGAN.name}  # other words for the same
 
 # Names by which networks of other purposes are known, for the message.
 _OTHERS = (
@@ -32,6 +35,7 @@ _OTHERS = (
 
 def choose(source: Source, name: str = "auto") -> Format:
     """The format called ``name``, or the one whose names ``source`` has; ``IdmFastError`` where there is none."""
+    name = _ALIASES.get(name, name)
     if name != "auto":
         if name not in FORMATS:
             raise IdmFastError(f"format must be auto, {', '.join(FORMATS)}, got {name!r}")

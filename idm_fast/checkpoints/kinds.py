@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from idm_fast.config import ModelConfig
+from idm_fast.config_vqgan import VqganConfig
 from idm_fast.models.unet import UNet
+from idm_fast.models.vqgan import Vqgan
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Kind:
 
 
 UNET = Kind("unet", ModelConfig, lambda config: UNet(config.unet))
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (UNET,)}
+VQGAN = Kind("vqgan", VqganConfig, Vqgan)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (UNET, VQGAN)}
 
 
 def kind_of(config: object) -> Kind:

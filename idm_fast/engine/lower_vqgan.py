@@ -16,7 +16,7 @@ from torch import nn
 from idm_fast.engine.lower import Shape
 from idm_fast.engine.nodes import Nearest, Node, Shuffle, Unshuffle, Value, Weight
 from idm_fast.engine.writer import Image, Writer, without_unread_stats
-from idm_fast.models.blocks import Attention, PaddedDownsample, PlainBlock, Upsample
+from idm_fast.models.blocks import Attention, Downsample, PlainBlock, Upsample
 from idm_fast.models.vqgan import Vqgan
 
 
@@ -82,7 +82,7 @@ class _Tower(Writer):
                 h = self._block(module, here, h)
             elif isinstance(module, Attention):
                 h = self.attention(module, here, h)
-            elif isinstance(module, PaddedDownsample):
+            elif isinstance(module, Downsample) and not module.conv.padding[0]:
                 h = self.conv(f"{here}.conv", h.value, module.conv.out_channels, stride=2)
             elif isinstance(module, Upsample):
                 h = self.conv(f"{here}.conv", h.value, module.conv.out_channels, upsample=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class PackedWeights:
     """
 
     def __init__(self, model: UNet | Vqgan, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.dtype, self.device = model.config, dtype, device
+        self.config: Any = model.config  # of the network's kind
+        self.dtype, self.device = dtype, device
         self._state: State = dict(model.state_dict())
         self._made: dict[object, tuple[Recipe, tuple[Tensor, ...]]] = {}
         self._lock = Lock()

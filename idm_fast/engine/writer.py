@@ -52,6 +52,8 @@ class Writer:
 
     def attention(self, module: Attention, path: str, x: Image) -> Image:
         c = x.value.shape[1]
+        if module.norm is None or module.scale != 1:
+            raise TypeError(f"lower: {path} is an attention without a norm or with a scale, which has no lowering")
         qkv = self.normed_conv(f"{path}.norm", f"{path}.qkv", module.norm, x, 3 * c, kernel=1).value
         mixed = Value(f"{path}.mixed", x.value.shape, self.dtype)
         self.nodes.append(Attend(layer=path, qkv=qkv, heads=module.heads, order=module.order, out=mixed))
