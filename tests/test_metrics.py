@@ -12,8 +12,10 @@ from torch import Tensor
 
 from idm_fast.errors import IdmFastError
 from idm_fast.evaluation.baseline import denoise_and_sharpen, estimate_noise, gaussian_blur
+from idm_fast.evaluation.environment import environment
 from idm_fast.evaluation.metrics import FaceMetrics, bootstrap_mean, frechet_distance, jackknife, psnr, ssim
-from idm_fast.evaluation.report import FD, HEADINGS, Subject, environment, evaluate
+from idm_fast.evaluation.report import Subject, evaluate
+from idm_fast.evaluation.table import FD, HEADINGS
 from idm_fast.training.degradation import DEGRADATION_VERSION
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from idm_fast.evaluation.report import environment
+from idm_fast.evaluation.environment import environment
 from idm_fast.kernels import extension
 
 LIBRARIES = ("triton", "xformers", "diffusers", "openvino", "onnxruntime")

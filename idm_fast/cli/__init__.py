@@ -18,6 +18,7 @@ VERBS = {
     "restore": "restore the faces of photographs",
     "clean": "enhance a data set of faces with a restorer, for training on it",
     "train": "train a model",
+    "eval": "measure how good restorers and pictures are",
     "convert": "make a model file of another project's weights",
     "info": "say what a model file is",
     "bench": "time steps a second, ours against others",
@@ -28,6 +29,7 @@ _EXAMPLES = """examples:
   idm-fast restore photo.jpg -o out            restore the faces of one photograph
   idm-fast restore album -o out --compare      a folder, with before/after pictures
   idm-fast train intrinsic --data faces --out runs/mine
+  idm-fast eval --data faces --model idm-face-128 --steps 1 4 --plots plots
   idm-fast info idm-face-128                   what a model file is
   idm-fast convert difface.pth difface.safetensors
   idm-fast bench --peers                       steps a second, against torch, OpenVINO and others

@@ -6,7 +6,7 @@ one number an image, so that means come with intervals.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from idm_fast.errors import IdmFastError
+from idm_fast.evaluation.landmarks import Landmarks, landmark_distance
+from idm_fast.evaluation.niqe import Pristine, authors_model, blocks_of, niqe
 from idm_fast.models.perceptual import Lpips
 from idm_fast.models.recognition import Recognition
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
+Features = Callable[[Tensor], Tensor]  # images [N, 3, S, S] in [-1, 1] -> [N, D]
 
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5
 _SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
@@ -129,44 +133,106 @@ def jackknife(statistic: Callable[[Indices], float], count: int, seed: int, grou
 
 @dataclass(frozen=True)
 class Reference:
-    """What the metrics need of a batch of clean images, computed once for all comparisons."""
+    """What the chosen metrics need of a batch of clean images, computed once for all comparisons."""
 
     images: Tensor
     alex: list[Tensor]
     vgg: list[Tensor]
-    embedding: Tensor
-    features: Tensor  # [N, 512], for the Fréchet distance
+    embedding: Tensor | None
+    landmarks: Tensor | None
+    found: dict[str, Tensor]  # what is measured of the clean images alone
 
 
 class FaceMetrics:
-    """The five image metrics and the features of the sixth (FD-VGG), each network loaded once.
+    """The chosen metrics, each network loaded once.
 
-    Raises ``IdmFastError`` when one of the networks' weight packages is not installed.
+    ``names``: some of ``PAIRED`` (of an image and its clean twin), ``ALONE`` (of an image) and ``DISTRIBUTION`` (of a
+    set). ``pristine``: NIQE's model, default the authors'. ``inception``: the features of "fid", which need them.
+    Raises ``IdmFastError`` for an unknown name, and when a network's weight package is not installed.
     """
 
-    names = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "recognition")
+    PAIRED = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "recognition", "landmarks")
+    ALONE = ("niqe",)
+    DISTRIBUTION = ("fd_vgg", "fid")
+    DEFAULT = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "recognition", "fd_vgg")
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self.alex, self.vgg = Lpips("alex").to(device), Lpips("vgg").to(device)
-        self.recognition = Recognition().to(device)
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        names: Collection[str] = DEFAULT,
+        *,
+        pristine: Pristine | None = None,
+        inception: Features | None = None,
+    ) -> None:
+        known = (*self.PAIRED, *self.ALONE, *self.DISTRIBUTION)
+        if unknown := set(names) - set(known):
+            raise IdmFastError(f"metrics must be some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        if "fid" in names and inception is None:
+            raise IdmFastError("metrics: fid needs the features of an Inception network, got none")
+        self.names = tuple(name for name in known if name in names)
+        self.alex = Lpips("alex").to(device) if "lpips_alex" in names else None
+        self.vgg = Lpips("vgg").to(device) if "lpips_vgg" in names or "fd_vgg" in names else None
+        self.recognition = Recognition().to(device) if "recognition" in names else None
+        self.landmarks = Landmarks() if "landmarks" in names else None
+        self.pristine = (pristine or authors_model()) if "niqe" in names else None
+        self.inception = inception
+
+    def notes(self, size: int) -> list[str]:
+        """What a reader must know of the figures of pictures of ``size`` px, one clause each."""
+        notes = []
+        if self.landmarks:
+            notes.append("Landmark distance: mean of five points over the clean face's distance of the eyes")
+        if self.pristine:
+            side, stride = blocks_of(size)
+            how = "side by side" if stride == side else f"every {stride} px"
+            notes.append(f"NIQE: blocks of {side} px {how} against {self.pristine.name}; compare at one size only")
+        return notes
 
     @torch.no_grad()
     def reference(self, clean: Tensor) -> Reference:
         """Prepares the clean, FFHQ-aligned images [N, 3, S, S] in [-1, 1]."""
-        features = self.vgg.trunk(clean)[-1].mean(dim=(2, 3))
-        embedding = self.recognition.embed_aligned(clean)
-        return Reference(clean, self.alex.prepare(clean), self.vgg.prepare(clean), embedding, features)
+        maps = self.vgg.trunk(clean) if self.vgg else []
+        return Reference(
+            clean,
+            self.alex.prepare(clean) if self.alex else [],
+            self.vgg.units(maps) if self.vgg else [],
+            self.recognition.embed_aligned(clean) if self.recognition else None,
+            self.landmarks(clean) if self.landmarks else None,
+            self._alone(clean, maps),
+        )
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, reference: Reference) -> tuple[dict[str, Tensor], Tensor]:
-        """Metrics by name, [N] each, of ``images`` [N, 3, S, S] in [-1, 1], and their features [N, 512]."""
-        maps = self.vgg.trunk(images)
-        apart = self.recognition.embed_aligned(images) - reference.embedding
-        values = {
-            "psnr": psnr(images, reference.images),
-            "ssim": ssim(images, reference.images),
-            "lpips_alex": self.alex.distance_to(reference.alex, images),
-            "lpips_vgg": self.vgg.compare(reference.vgg, maps),
-            "recognition": torch.linalg.vector_norm(apart, dim=1),
-        }
-        return values, maps[-1].mean(dim=(2, 3))
+    def __call__(self, images: Tensor, reference: Reference | None = None) -> dict[str, Tensor]:
+        """What is measured of ``images`` [N, 3, S, S] in [-1, 1], by name: values [N] and, of a set, features [N, D].
+
+        Without ``reference``, only what needs no clean twin. NaN is what a picture has no value of: no face was found,
+        or nothing but flat blocks.
+        """
+        maps = self.vgg.trunk(images) if self.vgg else []
+        found = self._alone(images, maps)
+        if reference is None:
+            return found
+        if "psnr" in self.names:
+            found["psnr"] = psnr(images, reference.images)
+        if "ssim" in self.names:
+            found["ssim"] = ssim(images, reference.images)
+        if self.alex:
+            found["lpips_alex"] = self.alex.distance_to(reference.alex, images)
+        if self.vgg and "lpips_vgg" in self.names:
+            found["lpips_vgg"] = self.vgg.compare(reference.vgg, maps)
+        if self.recognition and reference.embedding is not None:
+            apart = self.recognition.embed_aligned(images) - reference.embedding
+            found["recognition"] = torch.linalg.vector_norm(apart, dim=1)
+        if self.landmarks and reference.landmarks is not None:
+            found["landmarks"] = landmark_distance(self.landmarks(images), reference.landmarks)
+        return found
+
+    def _alone(self, images: Tensor, maps: list[Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if self.pristine:
+            found["niqe"] = niqe(images, self.pristine)
+        if "fd_vgg" in self.names:
+            found["fd_vgg"] = maps[-1].mean(dim=(2, 3))
+        if "fid" in self.names and self.inception:
+            found["fid"] = self.inception(images)
+        return found

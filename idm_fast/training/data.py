@@ -21,7 +21,7 @@ from tqdm import tqdm
 from idm_fast.errors import IdmFastError
 from idm_fast.training.degradation import degrade
 
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def list_faces(folder: Path, split: str, min_native_px: int = 0) -> list[FaceFil
         except (TypeError, ValueError) as error:  # a short row, or one that is not a number
             raise IdmFastError(f"{table}: native_px must be a whole number in every row: {error}") from None
     elif folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
         faces = [FaceFile(path, 0, "") for path in files] if split == "train" else []
     else:
         raise IdmFastError(f"{folder}: must be a folder of aligned faces or photographs, got nothing there")

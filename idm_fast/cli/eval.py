@@ -1,0 +1,255 @@
+"""idm-fast eval: how good restorers and pictures are, with intervals."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from idm_fast.crops import SampleSettings
+from idm_fast.diffusion import SOLVERS
+from idm_fast.errors import IdmFastError
+from idm_fast.evaluation.baseline import denoise_and_sharpen
+from idm_fast.evaluation.environment import environment
+from idm_fast.evaluation.inception import LIBRARIES, Inception
+from idm_fast.evaluation.metrics import FaceMetrics
+from idm_fast.evaluation.niqe import Pristine, authors_model, fitted_model
+from idm_fast.evaluation.parts import Parts
+from idm_fast.evaluation.pictures import PictureSet, fingerprint, load_at, picture_set
+from idm_fast.evaluation.plots import draw
+from idm_fast.evaluation.report import Report, Subject, evaluate
+from idm_fast.files import atomic
+from idm_fast.registry import Target, find_files, load_models
+from idm_fast.training.data import FaceFile, list_faces
+from idm_fast.training.degradation import DEGRADATION_VERSION, LEVELS
+
+_DESCRIPTION = """Judges restorers, and sets of pictures, against a reference set of clean faces. A restorer is shown
+the faces spoiled by fixed degradations, next to the degraded input itself and to a restorer that has learnt nothing
+(denoise + sharpen). Pictures are judged as they are: those that have the name of a clean face are compared with it, all
+of them as a set."""
+_EPILOG = """metrics, of a picture and its clean twin: psnr, ssim, lpips_alex, lpips_vgg, recognition (distance of face
+recognition embeddings; one person is below 0.6), landmarks (mean distance of five landmarks, in per cent of the
+distance of the eyes; pictures without a face are counted and named); of a picture alone: niqe; of a set, against the
+clean faces: fd_vgg (Frechet distance of VGG16 features), fid (see --fid). Means come with 95 % bootstrap intervals,
+distances of sets with those of a jackknife; such a distance falls as the sets grow: compare sets of one size.
+
+With --json, what is finished is kept in FILE.parts: the same command goes on there and ends with the same answer.
+
+exit code: 0 all good, 1 a picture or a result was wrong, 2 wrong usage, 130 stopped by Ctrl-C.
+
+examples:
+  idm-fast eval --data faces --model idm-face-128                              the shipped model at its defaults
+  idm-fast eval --data faces --model idm-face-128 --steps 1 2 4 8 16 --sampler ddim dpmpp_2m --plots plots
+  idm-fast eval --data faces --model idm-face-128 --model runs/mine/model.safetensors --json mine.json
+  idm-fast eval --data faces --pictures theirs --pictures cleaned --metrics psnr lpips_alex niqe
+"""
+METRICS = (*FaceMetrics.PAIRED, *FaceMetrics.ALONE, "fd_vgg")
+_SHARP_PX = 250  # native side of the crops that are no enlargements, as in training
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    p = parser.add_argument_group("reference set")
+    p.add_argument("--data", type=Path, required=True, help="folder of clean aligned crops, with faces.csv or without")
+    p.add_argument("--split", help="split of faces.csv to judge on (default: val; without faces.csv all pictures)")
+    p.add_argument("--min-native-px", type=int, default=0, help="leave out crops enlarged from fewer pixels")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N faces")
+    p.add_argument("--size", type=int, default=128, help="side in pixels of all that is judged (default: %(default)s)")
+    p = parser.add_argument_group("restorers")
+    p.add_argument("--model", action="append", default=[], help="name or .safetensors file; may be repeated")
+    p.add_argument("--steps", nargs="+", type=int, default=[None], metavar="T", help="default: the model's")
+    p.add_argument("--sampler", nargs="+", choices=list(SOLVERS), default=[None], help="solvers (default: the model's)")
+    p.add_argument("--eta", type=float, help="randomness of ddim and dpmpp_2m_sde, 0..1 (default: the solver's)")
+    p.add_argument("--strength", type=float, help="below 1: start from the noised input (default: the model's)")
+    p.add_argument("--levels", nargs="+", choices=list(LEVELS), help="of degradation (default: all)")
+    p.add_argument("--no-baseline", action="store_true", help="leave out the denoise + sharpen rows")
+    p = parser.add_argument_group("pictures")
+    p.add_argument("--pictures", action="append", default=[], type=Path, metavar="DIR", help="may be repeated")
+    p = parser.add_argument_group("metrics")
+    known = (*METRICS, "fid")
+    p.add_argument("--metrics", nargs="+", choices=known, metavar="NAME", help=f"default: {' '.join(METRICS)}")
+    p.add_argument(
+        "--niqe-model", choices=["authors", "reference"],
+        help="whose sharp pictures NIQE compares with (default: the authors', where the package that has them is "
+        "installed, else those of the reference set)",
+    )  # fmt: skip
+    p.add_argument("--fid", choices=LIBRARIES, help="also FID, by a library you have installed with its weights")
+    p.add_argument("--fid-weights", type=Path, metavar="FILE", help="default: where that library keeps them")
+    p.add_argument("--seed", type=int, default=0, help="of degradation, noise and intervals (default: %(default)s)")
+    p = parser.add_argument_group("machine")
+    p.add_argument("--batch-size", type=int, default=16, help="faces at once (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    dtypes = ["fp32", "bf16", "fp16", "int8"]
+    p.add_argument("--dtype", choices=dtypes, help="of the restorers (default: the fastest sound one of the device)")
+    p = parser.add_argument_group("results")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there; FILE.parts until then")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
+    p.add_argument("--plots", type=Path, metavar="DIR", help="write curves against steps, and bars, as PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    faces = _faces(args)
+    paths = [face.path for face in faces]
+    levels = args.levels or (list(LEVELS) if args.model or not args.pictures else [])
+    subjects = _subjects(args) if levels else []
+    sets: list[PictureSet] = []
+    for folder in args.pictures:
+        sets.append(picture_set(folder, paths, args.data, args.size, [known.name for known in sets]))
+    metrics = _metrics(args, faces)
+    reference = _named(args)
+    settings = _settings(args)
+    parts = None
+    if args.json:
+        every = {
+            **settings, "reference": reference, "clean": fingerprint(paths), "crop_px": args.size,
+            "batch_size": args.batch_size, "seed": args.seed, "degradation_version": DEGRADATION_VERSION,
+            "levels": levels, "metrics": [*metrics.names, *metrics.notes(args.size)],
+            "subjects": [[s.name, s.steps, s.sampler] for s in subjects],
+            "pictures": [[each.name, fingerprint([*each.paths, *each.twins])] for each in sets], **environment(),
+        }  # fmt: skip
+        parts = Parts(args.json.with_name(f"{args.json.name}.parts"), every)
+    each_face = max(1, len(levels) * len(subjects))
+    total = len(faces) * each_face + sum(len(each.paths) for each in sets)
+    with tqdm(total=total, unit="face", file=sys.stderr, disable=None) as bar:
+
+        def progress(done: int) -> None:  # told after each batch, and after batches that were finished before
+            position = done * each_face if done <= len(faces) else len(faces) * (each_face - 1) + done
+            bar.update(position - bar.n)
+
+        report = evaluate(
+            (load_at(path, args.size) for path in paths), [_ticking(s, bar) for s in subjects], metrics,
+            levels=levels, reference=reference, seed=args.seed, batch_size=args.batch_size, device=args.device,
+            progress=progress, names=[str(path.relative_to(args.data)) for path in paths], sets=sets, parts=parts,
+        )  # fmt: skip
+    report = Report(report.conditions | {"settings": settings}, report.rows)
+    _write(report, args, parts)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("limit", 1), ("size", 32), ("batch_size", 1), ("seed", 0), ("min_native_px", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise IdmFastError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
+    for name, wants_folder in (("json", False), ("markdown", False), ("plots", True)):
+        path = getattr(args, name)
+        if path is not None and path.exists() and path.is_dir() != wants_folder:
+            raise IdmFastError(f"--{name} must be a {'folder' if wants_folder else 'file'}, got {path}")
+    chosen = list(args.metrics or METRICS)
+    if ("fid" in chosen) and not args.fid:
+        raise IdmFastError(f"--metrics: fid needs --fid with one of {', '.join(LIBRARIES)}, got none")
+    args.metrics = [*chosen, "fid"] if args.fid else chosen
+    device, _ = Target(args.device).resolved()
+    args.device = str(device)
+
+
+def _faces(args: argparse.Namespace) -> list[FaceFile]:
+    listed = (args.data / "faces.csv").is_file()
+    if args.split and not listed and args.data.is_dir():
+        raise IdmFastError(f"{args.data}: --split must be left out where there is no faces.csv, got {args.split!r}")
+    args.split = (args.split or "val") if listed else None
+    # Without a table every picture counts as training data, which is what it is called.
+    return list_faces(args.data, args.split or "train", args.min_native_px)[: args.limit]
+
+
+def _named(args: argparse.Namespace) -> str:
+    name = args.data.resolve().name
+    chosen = f"clean crops of split {args.split!r} of {name}" if args.split else f"the crops of {name}"
+    return f"{chosen} with native_px >= {args.min_native_px}" if args.min_native_px else chosen
+
+
+def _subjects(args: argparse.Namespace) -> list[Subject]:
+    subjects = [Subject("degraded input", lambda y, seeds: y)]
+    if not args.no_baseline:
+        subjects.append(Subject("denoise + sharpen", lambda y, seeds: denoise_and_sharpen(y)))
+    taken: set[str] = set()
+    for name in dict.fromkeys(args.model):
+        models = load_models(name, Target(args.device, args.dtype))
+        fitting = [model for model in models if model.size == args.size]
+        if not fitting:
+            raise IdmFastError(f"{name}: --size must be one of {sorted(m.size for m in models)}, got {args.size}")
+        model = fitting[0]
+        # Two files may hold models of one name: rounds of one training do.
+        shown = name if model.config.name in taken else model.config.name
+        taken.add(shown)
+        for sampler in dict.fromkeys(args.sampler):
+            for steps in dict.fromkeys(args.steps):
+                asked = SampleSettings(steps, sampler, args.eta, args.strength)
+                full = asked.resolved(model.config)
+                evaluations = model.evaluations(asked)  # and a wrong setting ends the run here
+
+                def restore(y: Tensor, seeds: Tensor, model: Any = model, asked: SampleSettings = asked) -> Tensor:
+                    restored: Tensor = model.restore(y, seeds, asked)
+                    return restored
+
+                subjects.append(Subject(shown, restore, full.steps, full.sampler, evaluations))
+    return subjects
+
+
+def _ticking(subject: Subject, bar: Any) -> Subject:
+    """The same, moving the bar: one batch of faces may take many restorations."""
+
+    def restore(y: Tensor, seeds: Tensor) -> Tensor:
+        restored = subject.restore(y, seeds)
+        bar.update(len(y))
+        return restored
+
+    return replace(subject, restore=restore)
+
+
+def _metrics(args: argparse.Namespace, faces: list[FaceFile]) -> FaceMetrics:
+    try:
+        pristine = _pristine(args, faces) if "niqe" in args.metrics else None
+        inception = Inception(args.fid, args.fid_weights, args.device) if args.fid else None
+        return FaceMetrics(args.device, args.metrics, pristine=pristine, inception=inception)
+    except IdmFastError as error:
+        raise IdmFastError(f"{error} (--metrics chooses what to measure)") from None
+
+
+def _pristine(args: argparse.Namespace, faces: list[FaceFile]) -> Pristine:
+    if args.niqe_model != "reference":
+        try:
+            return authors_model()
+        except IdmFastError as error:
+            if args.niqe_model:
+                raise
+            print(f"idm-fast: {error}; a model of the reference set takes its place", file=sys.stderr)
+    sharp = [face for face in faces if face.native_px >= _SHARP_PX] or faces
+    return fitted_model((load_at(face.path, args.size) for face in sharp), f"{len(sharp)} faces of {_named(args)}")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the results depend on besides the reference set, for the results file."""
+    files = {str(file): _digest(file) for name in args.model for file in find_files(name)}
+    return {
+        "models": {name: [files[str(file)] for file in find_files(name)] for name in args.model},
+        "eta": args.eta, "strength": args.strength, "dtype": args.dtype, "torch_device": args.device,
+    }  # fmt: skip
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(report: Report, args: argparse.Namespace, parts: Parts | None) -> None:
+    table = report.as_markdown()
+    if args.json:
+        with atomic(args.json) as path:
+            path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    if args.markdown:
+        with atomic(args.markdown) as path:
+            path.write_text(table)
+    for picture in draw(report, args.plots) if args.plots else []:
+        print(f"idm-fast: wrote {picture}", file=sys.stderr)
+    if parts:
+        parts.remove()
+    print(table, end="")
