@@ -262,7 +262,6 @@ def test_groups_are_bounded_by_what_the_output_will_take(
         (["info", "nothing.safetensors"], "nothing.safetensors"),
         (["info", "nothing"], "nothing"),
         (["train", "intrinsic", "--data", "nowhere", "--out", "run"], "nowhere"),
-        (["train", "generator", "--data", "nowhere", "--out", "run"], "nowhere"),
         (["train", "intrinsic", "--data", "empty", "--out", "run", "--align", "--steps", "0"], "steps must be"),
         (["train", "intrinsic", "--data", "empty", "--out", "run", "--budget-minutes", "nan"], "--budget-minutes"),
     ],
@@ -352,8 +351,7 @@ def test_info_describes_a_model(tiny_model: Path, capsys: Captured) -> None:
 
 
 def test_every_verb_explains_itself(capsys: Captured) -> None:
-    kinds = (["train", "intrinsic"], ["train", "generator"])
-    for verb in ([], ["restore"], ["train"], *kinds, ["ops"], ["info"], ["convert"]):
+    for verb in ([], ["restore"], ["train"], ["train", "intrinsic"], ["ops"], ["info"], ["convert"]):
         with pytest.raises(SystemExit) as stop:
             main([*verb, "--help"])
         assert stop.value.code == 0

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from idm_fast.config import PRESETS, DiffusionConfig, ModelConfig, preset
+from idm_fast.config import DiffusionConfig, ModelConfig, preset
 from idm_fast.diffusion.parameterisation import x0_from_output
 from idm_fast.diffusion.schedule import Schedule
 from idm_fast.errors import IdmFastError
@@ -28,7 +28,7 @@ from idm_fast.generator import Generator
 from idm_fast.kernels import philox_normal
 from idm_fast.training.loop import Loop
 from idm_fast.training.pictures import Pictures
-from idm_fast.training.settings import GeneratorSettings
+from idm_fast.training.settings import GeneratorSettings, generators
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 _NOISE = 0  # stream of an item's noise
@@ -36,15 +36,10 @@ _NOISE = 0  # stream of an item's noise
 
 def generating(name: str) -> ModelConfig:
     """The preset ``name`` if this loop can train it: without a condition, predicting x0 or v (eps fails at t = 1)."""
-    config = preset(name)
-    fit = [
-        key
-        for key, c in PRESETS.items()
-        if not c.unet.cond_channels and c.diffusion.prediction != "eps" and c.unet.out_channels == c.unet.in_channels
-    ]
+    config, fit = preset(name), generators()
     if name not in fit:
         raise IdmFastError(
-            f"preset must be a generator (no condition) that predicts x0 or v = one of {sorted(fit)}, got {name!r}"
+            f"preset must be a generator (no condition) that predicts x0 or v = one of {fit}, got {name!r}"
         )
     return config
 

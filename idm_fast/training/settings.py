@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from idm_fast.config import PRESETS, ModelConfig
 from idm_fast.errors import IdmFastError
 from idm_fast.training.losses import LossWeights
 
@@ -114,3 +115,14 @@ class GeneratorSettings(RunSettings):
                 f"snr_min and snr_max must satisfy 0 <= snr_min <= snr_max and snr_max > 0, got {self.snr_min} and "
                 f"{self.snr_max}"
             )
+
+
+def generators() -> list[str]:
+    """Names of the presets that a generator run can train: no condition, and an answer that t = 1 does not break."""
+
+    def fits(c: ModelConfig) -> bool:
+        return (
+            not c.unet.cond_channels and c.diffusion.prediction != "eps" and c.unet.out_channels == c.unet.in_channels
+        )
+
+    return [name for name, config in sorted(PRESETS.items()) if fits(config)]
