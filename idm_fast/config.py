@@ -262,6 +262,15 @@ PRESETS: dict[str, ModelConfig] = {
     "idm-64": ModelConfig("idm-64", _idm(64, 2), _OURS),
     "idm-128": ModelConfig("idm-128", _idm(128, 2), _OURS),
     "idm-256": ModelConfig("idm-256", _idm(256, 4), _OURS),
+    # A generator, for experiments: 16 x 16 positions inside, so that minutes on a CPU show it its data many times.
+    "gen-64": ModelConfig(
+        "gen-64",
+        UNetConfig(
+            image_size=64, model_channels=64, channel_mult=(1, 2), num_res_blocks=(1, 2), unshuffle=4,
+            num_head_channels=64, embed_channels=128, norm_groups=8,
+        ),
+        _OURS, "dpmpp_2m", 25,
+    ),
     "sr3-128": ModelConfig(
         "sr3-128",
         UNetConfig(

@@ -8,33 +8,26 @@ would have seen.
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
-from idm_fast.checkpoints import native
 from idm_fast.config import PRESETS, ModelConfig, preset
-from idm_fast.diffusion.schedule import Schedule
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels import philox_normal
-from idm_fast.models.unet import UNet
 from idm_fast.training import distributed, sheet
 from idm_fast.training.data import FacePairs, list_faces
 from idm_fast.training.ema import Ema
-from idm_fast.training.log import Log
+from idm_fast.training.loop import Loop
 from idm_fast.training.losses import RestorationLoss
 from idm_fast.training.settings import TrainSettings
-from idm_fast.training.state import load_state, save_state
+from idm_fast.training.state import Stateful
 from idm_fast.training.warm_start import warm_start
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
 _STEP_NOISE, _START_NOISE = 0, 1  # streams of an item's noise
 
@@ -48,86 +41,44 @@ def trainable(name: str) -> ModelConfig:
     return config
 
 
-class Trainer:
+class Trainer(Loop):
     """One run: ``Trainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
+    ``group``: processes that have joined already and stay together after the run. ``config``: that of the model file,
+    where its name and sampling defaults are not the preset's; the network is the preset's.
     Raises ``IdmFastError`` before any work for data, settings or a state that do not fit.
     """
 
-    def __init__(self, settings: TrainSettings) -> None:
+    def __init__(
+        self, settings: TrainSettings, group: distributed.Group | None = None, config: ModelConfig | None = None
+    ) -> None:
+        trained = trainable(settings.preset)
         self.settings = settings
-        self.config = trainable(settings.preset)
-        if settings.out.exists() and not settings.out.is_dir():
-            raise IdmFastError(f"{settings.out}: must be a folder or a new name, got a file")
         self.faces = list_faces(settings.data, "train", settings.min_native_px)
-        self.group = distributed.join()
-        self.device = self.group.device
-        if self.device.type == "cpu" and settings.precision == "fp16":
-            raise IdmFastError("precision must be fp32 or bf16 on a CPU, got fp16")
-        torch.manual_seed(settings.seed)
-        self.model = UNet(self.config.unet).to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.state_file = settings.out / "state.pt"
-        resumed = self.state_file.exists()
-        if settings.init_from is not None and not resumed:
+        super().__init__(settings, config or trained, group)
+        if settings.init_from is not None and not self.state_file.exists():
             warm_start(self.model, settings.init_from)
-        self.ema = Ema(self.model, settings.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+            self.ema = Ema(self.model, settings.ema_decay)
         self.loss = RestorationLoss(settings.loss).to(self.device)
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if self.loss.critic is not None:
             self.critic_optimizer = torch.optim.Adam(
                 self.loss.critic.parameters(), lr=settings.loss.critic_rate, betas=(0.5, 0.99)
             )
-        self.schedule = Schedule.from_config(self.config.diffusion)
-        self.step, self.seconds = load_state(self.state_file, self) if resumed else (0, 0.0)
-        if self.step > settings.steps:
-            raise IdmFastError(f"{self.state_file}: steps must be >= the {self.step} done, got {settings.steps}")
-        main = self.group.agree(self.step)
-        if self.step != main:
-            raise IdmFastError(
-                f"{self.state_file}: every process must read the same state = step {main}, got {self.step}"
-            )
-        self.network: nn.Module = self.group.wrap(self.model)
+        self.resume()
 
-    def run(self, budget_minutes: float | None = None) -> None:
-        """Trains to ``settings.steps``, or until ``budget_minutes`` have passed (the state is kept: run again).
+    def parts(self) -> dict[str, Stateful]:
+        parts = super().parts()
+        if self.critic_optimizer is not None and self.loss.critic is not None:
+            parts |= {"critic": self.loss.critic, "critic_optimizer": self.critic_optimizer}
+        return parts
 
-        Either way ``out / model.safetensors`` holds the averaged weights at the end.
-        """
-        s, main = self.settings, self.group.is_main
-        started, before = time.monotonic(), self.seconds
-        # None: shown in a terminal only; elsewhere log.csv tells the same without a line for every redraw.
-        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=None if main else True, smoothing=0.02)
-        with bar, Log(s.out, main, self.step) as log:
-            for x0, y in self._batches():
-                terms = self._step(x0, y)
-                self.step += 1
-                self.seconds = before + time.monotonic() - started
-                over = budget_minutes is not None and self.seconds - before > 60 * budget_minutes
-                last = bool(self.group.agree(over)) or self.step == s.steps
-                log.add(self.step, self.seconds, s.learning_rate_at(self.step - 1), terms, last)
-                bar.update()
-                bar.set_postfix(log.shown())
-                if main and (last or self.step % s.save_every == 0):
-                    save_state(self.state_file, self)
-                if main and (self.step % s.sheet_every == 0 or self.step == s.steps):
-                    sheet.draw(self.ema.model, self.config, s.data, s.out / "sheets" / f"{self.step:06d}.png")
-                if last:
-                    break
-        if main:
-            self.export()
-            more = "" if self.step == s.steps else "; the same command goes on"
-            print(f"{s.out}: step {self.step} of {s.steps}, wrote model.safetensors{more}", file=sys.stderr)
-        self.group.leave()
+    def _steps(self) -> Iterator[dict[str, float]]:
+        for x0, y in self._batches():
+            yield self._step(x0, y)
 
-    def export(self) -> None:
-        """Writes the averaged weights as ``out / model.safetensors`` in fp16."""
-        notes = {"settings": self.settings.notes(), "steps": self.step, "hours": round(self.seconds / 3600, 3)}
-        native.save(self.settings.out / "model.safetensors", self.ema.model, self.config, notes, torch.float16)
+    def _draw(self, path: Path) -> None:
+        sheet.draw(self.ema.model, self.config, self.settings.data, path)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         s, group = self.settings, self.group
@@ -136,10 +87,6 @@ class Trainer:
         pairs = FacePairs(self.faces, self.config.unet.image_size, total, s.seed, cache_bytes=cache)
         mine = Subset(pairs, range(self._first() + group.rank, total, group.size))
         yield from DataLoader(mine, s.batch_size, num_workers=s.workers, pin_memory=self.device.type == "cuda")
-
-    def _first(self) -> int:
-        """Position in the run of this step's first item; process r of n has items r, r + n, r + 2n, ... of a step."""
-        return self.step * self.settings.batch_size * self.group.size
 
     def _step(self, x0: Tensor, y: Tensor) -> dict[str, float]:
         s, group = self.settings, self.group
@@ -202,7 +149,3 @@ class Trainer:
             source = torch.cat([x0[:-rolled], answer.float()])
         x_t = alpha[:, None, None, None] * source + sigma[:, None, None, None] * eps
         return x_t, t, (alpha / sigma.clamp(min=1e-4)).square()
-
-    def _autocast(self) -> Any:
-        dtype = _AUTOCAST.get(self.settings.precision)
-        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

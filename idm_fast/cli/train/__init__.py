@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from idm_fast.cli.train import intrinsic
+from idm_fast.cli.train import generator, intrinsic
 
-_KINDS = {"intrinsic": intrinsic}
+_KINDS = {"intrinsic": intrinsic, "generator": generator}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from idm_fast.config import PRESETS
 from idm_fast.errors import IdmFastError
 from idm_fast.training.losses import LossWeights
-from idm_fast.training.settings import TrainSettings
+from idm_fast.training.settings import RunSettings, TrainSettings
 
 _NUMBERS = {
     "steps": "optimiser steps of the whole run",
@@ -27,6 +27,8 @@ _NUMBERS = {
     "pure_noise": "share of items that start from pure noise",
     "rollout": "share of items that refine the model's own answer",
     "min_native_px": "leave out crops enlarged from fewer pixels",
+    "snr_min": "smallest weight of an item's loss",
+    "snr_max": "largest weight of an item's loss",
     "seed": "of everything random",
     "workers": "data loading processes",
     "save_every": "steps between states",
@@ -50,13 +52,19 @@ def add_run(t: argparse.ArgumentParser, out: str) -> None:
 
 def add_training(t: argparse.ArgumentParser, preset: str | None = _DEFAULTS.preset, said: str = "%(default)s") -> None:
     """The settings of one training loop. ``preset``: the default one; ``said``: how --help says it."""
-    presets = sorted(name for name, config in PRESETS.items() if config.diffusion.prediction == "x0")
+    presets = [name for name, c in sorted(PRESETS.items()) if c.unet.cond_channels and c.diffusion.prediction == "x0"]
     t.add_argument("--preset", default=preset, choices=presets, help=f"network to train (default: {said})")
+    add_numbers(t, _DEFAULTS)
+
+
+def add_numbers(t: argparse.ArgumentParser, defaults: RunSettings) -> None:
+    """The numbers that settings of the kind of ``defaults`` have, and the precision."""
     for name, text in _NUMBERS.items():
-        value = getattr(_DEFAULTS, name)
-        flag = f"--{name.replace('_', '-')}"
-        t.add_argument(flag, type=type(value), default=value, help=f"{text} (default: {value})")
-    precision = _DEFAULTS.precision
+        if hasattr(defaults, name):
+            value = getattr(defaults, name)
+            flag = f"--{name.replace('_', '-')}"
+            t.add_argument(flag, type=type(value), default=value, help=f"{text} (default: {value})")
+    precision = defaults.precision
     t.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default=precision, help="default: %(default)s")
 
 
