@@ -22,6 +22,7 @@ Resample = Literal["conv", "resblock"]
 MiddleAttention = Literal["norm", "no_norm", "none"]
 CondResize = Literal["none", "bilinear"]
 Prediction = Literal["eps", "v", "x0"]
+Variance = Literal["small", "large", "learned"]
 
 # Far above any real network; they keep a damaged or hostile file from asking for an endless one.
 _MOST_LEVELS, _MOST_BLOCKS, _MOST_TRAIN_STEPS = 10, 64, 1_000_000
@@ -148,6 +149,7 @@ class DiffusionConfig:
     ``scaled_linear`` (``beta_start``, ``beta_end``), ``cosine``, or the ``table`` of ``alphas_cumprod`` itself.
     ``noise_level``: the network is conditioned on sqrt(alpha_bar) as in SR3 instead of on the time;
     ``rescale_timesteps``: on 1000 index / ``train_steps`` instead of the index (guided-diffusion).
+    ``variance``: of the ddpm solver's noise (``diffusion/samplers/ddpm.py``).
     """
 
     schedule: Literal["cosine_continuous", "linear", "scaled_linear", "cosine", "table"] = "linear"
@@ -158,6 +160,7 @@ class DiffusionConfig:
     noise_level: bool = False
     rescale_timesteps: bool = False
     alphas_cumprod: tuple[float, ...] = ()
+    variance: Variance = "small"
 
     def __post_init__(self) -> None:
         _at_least(self, "train_steps", 1)
@@ -177,7 +180,13 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A network, its diffusion, and the sampling settings it is at its best with."""
+    """A network, its diffusion, and the sampling settings it is at its best with.
+
+    ``respacing``: the training steps that its published chain keeps, in guided-diffusion's notation ("ddim250", "250",
+    "10,15,20"); it takes the place of ``steps``. ``low_res``: side in pixels to which a super-resolution network's
+    condition is reduced before it is enlarged; 0: the crop is shown as it is, or reduced to a quarter where the network
+    itself enlarges it.
+    """
 
     name: str
     unet: UNetConfig
@@ -185,9 +194,12 @@ class ModelConfig:
     sampler: str = "ddim"
     steps: int = 50
     strength: float = 1.0
+    respacing: str = ""
+    low_res: int = 0
 
     def __post_init__(self) -> None:
         _at_least(self, "steps", 1)
+        _at_least(self, "low_res", 0)
         if not 0 < self.strength <= 1:
             raise IdmFastError(f"strength must lie in (0, 1], got {self.strength}")
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from idm_fast.config import ModelConfig
-from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, noised_start, sample
+from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, noised_start, respace, sample
+from idm_fast.diffusion.spacing import Array
 from idm_fast.engine import Engine, EngineOptions, Memory
 from idm_fast.engine.buckets import bucket, padded
 from idm_fast.engine.buffers import Arena
@@ -40,21 +42,28 @@ class SampleSettings:
     """How to walk from noise to picture; ``None`` means the model's own default.
 
     ``steps`` >= 1; ``sampler``: a solver's name; ``eta``: its randomness in [0, 1]; ``strength`` in (0, 1]: 1 starts
-    from pure noise, less from the noised input at that part of the way.
+    from pure noise, less from the noised input at that part of the way. ``respacing``, in the place of ``steps``: the
+    training steps that are walked, in guided-diffusion's notation ("ddim250", "250", "10,15,20").
     """
 
     steps: int | None = None
     sampler: str | None = None
     eta: float | None = None
     strength: float | None = None
+    respacing: str | None = None
 
     def resolved(self, config: ModelConfig) -> SampleSettings:
-        """The same with the model's defaults filled in."""
+        """The same with the model's defaults filled in; either ``steps`` or ``respacing`` is None then."""
+        if self.steps is not None and self.respacing is not None:
+            raise IdmFastError(f"respacing must not be given with steps, got {self.respacing!r} and {self.steps}")
+        respacing = self.respacing if self.respacing is not None or self.steps is not None else config.respacing or None
+        steps = config.steps if self.steps is None else self.steps
         return SampleSettings(
-            config.steps if self.steps is None else self.steps,
+            steps if respacing is None else None,
             config.sampler if self.sampler is None else self.sampler,
             self.eta,
             config.strength if self.strength is None else self.strength,
+            respacing,
         )
 
 
@@ -100,10 +109,23 @@ class CropRestorer:
         strength = 1.0 if settings.strength is None else settings.strength
         if not 0 < strength <= 1:
             raise IdmFastError(f"strength must lie in (0, 1], got {strength}")
+        chain = None if settings.respacing is None else self._chain(settings.respacing)
+        if chain is not None:  # its part of the way, downwards
+            chain = chain[chain < strength * (self.schedule.size or 0)][::-1]
         return build_table(
             self.schedule, self.config.diffusion.prediction, settings.sampler or "ddim", settings.steps,
-            start=strength, eta=settings.eta, clamp=1.0,
+            start=strength, eta=settings.eta, clamp=1.0, timesteps=chain, variance=self.config.diffusion.variance,
         )  # fmt: skip
+
+    def _chain(self, respacing: str) -> Array:
+        """The training steps of a respaced chain, rising."""
+        if self.schedule.size is None:
+            raise IdmFastError(f"respacing must be left out: {self.config.name} has no training steps, got {respacing!r}")
+        return respace(self.schedule.size, respacing)
+
+    def steps(self, settings: SampleSettings) -> int:
+        """Steps of the walk; heun evaluates the network twice in each."""
+        return self.table(settings.resolved(self.config)).steps
 
     def evaluations(self, settings: SampleSettings) -> int:
         """How often the network runs for one crop."""
@@ -158,38 +180,61 @@ class CropRestorer:
         report: Callback | None = None if progress is None else lambda e, x, x0: progress(e)
         # Kernels start on the current device, whichever the tensors are on.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            whole = settings.strength == 1
-            start = initial_noise(seeds, y.shape, self.device) if whole else noised_start(y, table, seeds)
             with self._forced():
-                out = self._walk(start, seeds, y, table, report)
+                start, cond = self._beginning(y, seeds, table, settings)
+                out = self._walk(start, seeds, cond, table, report)
         if not torch.isfinite(out).all():
             raise IdmFastError(
                 f"{self.config.name}: network output must be finite in {self.dtype}, got inf or nan; try fp32"
             )
         return out.clamp_(-1, 1).cpu()
 
-    def _walk(self, start: Tensor, seeds: Tensor, y: Tensor, table: SamplerTable, report: Callback | None) -> Tensor:
+    def _beginning(
+        self, y: Tensor, seeds: Tensor, table: SamplerTable, settings: SampleSettings
+    ) -> tuple[Tensor, Tensor | None]:
+        """(what the walk begins with, what the network is shown beside it), of degraded crops on the device."""
+        whole = settings.strength == 1
+        start = initial_noise(seeds, y.shape, self.device) if whole else noised_start(y, table, seeds)
+        return start, self._condition(y)
+
+    def _condition(self, y: Tensor) -> Tensor:
+        """A super-resolution network has learnt from pictures that were small: it is shown what is left of such a one."""
+        enlarge = self.config.unet.cond_resize
+        low_res = self.config.low_res or (self.size // 4 if enlarge == "bilinear" else 0)
+        if not 0 < low_res < self.size:
+            return y
+        small = interpolate(y, (low_res, low_res), mode="bicubic", antialias=True).clamp_(-1, 1)
+        large = interpolate(small, (self.size, self.size), mode="bilinear" if enlarge == "bilinear" else "bicubic")
+        return large.clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
+
+    def _walk(
+        self, start: Tensor, seeds: Tensor, cond: Tensor | None, table: SamplerTable, report: Callback | None
+    ) -> Tensor:
         if self._engines is None:
             return sample(
-                lambda x, t: self.module(x, t, y), table, start, seeds, callback=report, network_dtype=self.dtype
+                lambda x, t: self.module(x, t, cond), table, start, seeds, callback=report, network_dtype=self.dtype
             )
-        size = bucket(len(y)) if self._arena.runtime.captures else len(y)  # a CPU gains nothing by it
+        count = len(start)
+        size = bucket(count) if self._arena.runtime.captures else count  # a CPU gains nothing by it
         try:
             with self._arena.lock:
-                x, keys, cond = (padded(tensor, size) for tensor in (start, seeds, y))
-                return self._engine(size, table).run(x, keys, cond, report)[: len(y)]
+                x, keys = padded(start, size), padded(seeds, size)
+                hint = None if cond is None else padded(cond, size)
+                return self._engine(size, table).run(x, keys, hint, report)[:count]
         except OutOfMemory as error:
-            if len(y) == 1:
+            if count == 1:
                 raise
-            half = len(y) // 2
+            half = count // 2
             warnings.warn(f"{error}; goes on with batches of {half}", RuntimeWarning, stacklevel=2)
             parts = [slice(0, half), slice(half, None)]
-            return torch.cat([self._walk(start[p], seeds[p], y[p], table, report) for p in parts])
+            hints = [None if cond is None else cond[p] for p in parts]
+            walks = [self._walk(start[p], seeds[p], hint, table, report) for p, hint in zip(parts, hints, strict=True)]
+            return torch.cat(walks)
 
     def _engine(self, batch: int, table: SamplerTable) -> Engine:
         """The engine for ``batch`` images, with ``table`` in it."""
         assert self._engines is not None
-        key = (batch, forced_backends())
+        key = (batch, forced_backends(), table.learned_variance)
         engine = self._engines.pop(key, None)
         if engine is None or engine.capacity < table.evaluations:
             options = EngineOptions(weights=self._weights, arena=self._arena, cache_every=self.cache_every)

@@ -147,7 +147,7 @@ class Restorer:
                     blend=options.blend, aligned=options.aligned,
                 )  # fmt: skip
             described = [
-                describe(face, chosen[n].config.name, settings.resolved(chosen[n].config).steps or 0)
+                describe(face, chosen[n].config.name, chosen[n].steps(settings))
                 for face, n in zip(faces, mine, strict=True)
             ]
             image = as_output(base, options.output_type)

@@ -10,7 +10,7 @@ loop.py              sample: network, fused update, network, fused update, ...
 
 from idm_fast.diffusion.loop import initial_noise, noised_start, sample
 from idm_fast.diffusion.parameterisation import PARAMETERISATIONS, Parameterisation
-from idm_fast.diffusion.samplers import SOLVERS, build_table
+from idm_fast.diffusion.samplers import SOLVERS, VARIANCES, Variance, build_table
 from idm_fast.diffusion.schedule import Schedule
 from idm_fast.diffusion.spacing import SPACINGS, Spacing, respace
 from idm_fast.diffusion.table import SamplerTable
@@ -19,10 +19,12 @@ __all__ = [
     "PARAMETERISATIONS",
     "SOLVERS",
     "SPACINGS",
+    "VARIANCES",
     "Parameterisation",
     "SamplerTable",
     "Schedule",
     "Spacing",
+    "Variance",
     "build_table",
     "initial_noise",
     "noised_start",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from idm_fast.diffusion.table import SamplerTable
+from idm_fast.diffusion.table import COLUMNS, SamplerTable
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.philox_normal import philox_normal
 from idm_fast.kernels.sampler_update import sampler_update
@@ -30,7 +30,8 @@ def sample(
     """Walks ``table`` from ``x`` and returns the restored images: float32 [N, C, H, W], channels_last.
 
     - ``denoise(x, t)``: x [N, C, H, W] channels_last in ``network_dtype`` (None: float32), t [N] float32 network time;
-      returns [N, C, H, W] in any float type, not sharing memory with x.
+      returns [N, C, H, W] in any float type, not sharing memory with x; or [N, 2 C, H, W], whose second half says the
+      variance and is read where ``table.learned_variance``.
     - ``x``: what the walk begins with (``initial_noise`` or ``noised_start``), on any layout; it is not changed.
     - ``seeds``: one per image. An image's noise depends on its own seed only, so a batch equals its singles.
     - ``callback(e, x, x0_hat)`` after evaluation e; both tensors are reused, copy what is to be kept.
@@ -47,7 +48,12 @@ def sample(
         network_input = x.to(network_dtype, memory_format=torch.channels_last)
     rows, times = table.float32(x.device), table.times(x.shape[0], x.device)
     for e in range(table.evaluations):
-        out = denoise(x if network_input is None else network_input, times[e])
+        out, spread = _halves(denoise(x if network_input is None else network_input, times[e]), x.shape[1])
+        if table.learned_variance:
+            if spread is None:
+                expected = f"{2 * x.shape[1]} channels for a learned variance"
+                raise IdmFastError(f"sample: network output must have {expected}, got {out.shape[1]}")
+            spread_noise(history, spread, seeds, e, rows[e, COLUMNS.index("spread")])
         sampler_update(x, out, history, rows, e, seeds, network_input=network_input)
         if callback is not None:
             callback(e, x, history)
@@ -71,6 +77,20 @@ def noised_start(image: Tensor, table: SamplerTable, seeds: Tensor) -> Tensor:
     image = image.to(torch.float32)
     noise = initial_noise(seeds, image.shape, image.device)
     return (table.sigma_start * noise).add_(image, alpha=table.alpha_start)
+
+
+def spread_noise(history: Tensor, v: Tensor, seeds: Tensor, e: int, spread: Tensor) -> None:
+    """history = exp(spread v) noise of evaluation ``e``: what ``c`` weighs in a table of ``learned_variance``."""
+    n, channels, height, width = history.shape
+    noise = philox_normal(seeds, (n, channels, height, width), e, history.device)
+    history.copy_(noise.mul_(torch.exp(spread * v.float())))
+
+
+def _halves(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """What the network says of the picture, and of the variance where it has twice the channels."""
+    if out.dim() != 4 or out.shape[1] != 2 * channels:
+        return out, None
+    return out[:, :channels].contiguous(memory_format=torch.channels_last), out[:, channels:]
 
 
 def _check_seeds(name: str, seeds: Tensor, batch: int, device: torch.device) -> None:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[np.float64]
-COLUMNS = ("k_x", "k_out", "a", "b", "c", "s", "clamp", "reserved")
+COLUMNS = ("k_x", "k_out", "a", "b", "c", "s", "clamp", "spread")
 
 
 class Row(NamedTuple):
     """x_next = a x + b x0_hat + c x0_hat_prev + s noise, with the network evaluated at node ``node`` of the walk.
 
     ``c`` = 0 means that x0_hat_prev is not read (at the first evaluation it does not exist).
+
+    In a table of ``learned_variance`` the history that ``c`` weighs is not x0_hat_prev but exp(spread v) noise, with v
+    the network's second half: a standard deviation of its own for every element.
     """
 
     node: int
@@ -25,6 +28,7 @@ class Row(NamedTuple):
     b: float
     c: float = 0.0
     s: float = 0.0
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +36,8 @@ class SamplerTable:
     """What ``sample`` needs, for E network evaluations; build it with ``idm_fast.diffusion.build_table``.
 
     Arrays are float64 and read-only. Columns of ``rows`` are ``COLUMNS``: x0_hat = k_x x + k_out out, clamped to
-    [-clamp, clamp] where clamp > 0, then the update of ``Row``.
+    [-clamp, clamp] where clamp > 0, then the update of ``Row``. The fused update does not read ``spread``: who walks a
+    table of ``learned_variance`` fills the history with exp(spread v) noise before each update.
     """
 
     rows: Array  # [E, 8]
@@ -46,6 +51,7 @@ class SamplerTable:
     steps: int
     eta: float
     parameterisation: str
+    learned_variance: bool = False
 
     def __post_init__(self) -> None:
         for array in (self.rows, self.network_time, self.timesteps, self.alpha, self.sigma):
@@ -59,7 +65,8 @@ class SamplerTable:
     @property
     def stochastic(self) -> bool:
         """Whether any step draws noise."""
-        return bool(np.any(self.rows[:, COLUMNS.index("s")] != 0))
+        drawn = COLUMNS.index("c" if self.learned_variance else "s")
+        return bool(np.any(self.rows[:, drawn] != 0))
 
     def float32(self, device: torch.device | str = "cpu") -> Tensor:
         """``rows`` as the float32 [E, 8] tensor that ``idm_fast.kernels.sampler_update`` reads."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idm_fast.diffusion.table import COLUMNS
 from idm_fast.engine import nodes
 from idm_fast.engine.autotune import Autotuner
 from idm_fast.engine.buffers import Buffers
@@ -182,7 +183,29 @@ def _shuffle(node: nodes.Shuffle, b: Buffers) -> tuple[str, Call]:
     return "torch", partial(outer.copy_, cells)
 
 
+def _spread_noise(node: nodes.SpreadNoise, b: Buffers) -> tuple[str, Call]:
+    v, history, scratch = (b.tensors[value] for value in (node.v, node.out_history, node.out_scratch))
+    drawing = torch.zeros_like(b.coefficients)  # a row for each step: the update's noise is that of the row's number
+    drawing[:, COLUMNS.index("s")] = 1
+    arguments = (history, v, scratch, drawing, b.step, b.seeds, None, None, node.unshuffle, None)
+    draw = dispatch.bound(OPS["sampler_update"].choose(v.device, v.dtype, *arguments), *arguments)
+    n, c, h, w = history.shape
+    f = node.unshuffle
+    # As v's channels (C, f, f) lie in the image.
+    cells = history.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
+    log_gain = v.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f)
+
+    def call() -> None:
+        history.zero_()  # drawing adds to 0 times what was there, which at first may be anything
+        draw()
+        spread = b.coefficients.index_select(0, b.step)[0, COLUMNS.index("spread")]
+        cells.mul_(torch.exp(spread * log_gain.float()))
+
+    return "torch", call
+
+
 _COPIES: dict[type[Node], Any] = {
+    nodes.SpreadNoise: _spread_noise,
     nodes.TimeRow: _time_row,
     nodes.Advance: _advance,
     nodes.Unshuffle: _unshuffle,

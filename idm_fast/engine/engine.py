@@ -100,7 +100,12 @@ class Engine:
         weights = options.weights or PackedWeights(model, kind, place)
         _fits(options, model, kind, place)
         check_reuse(model.config, options.cache_every)
-        lowered = lower(model, shape, kind, quantised=quantised, reusable=options.cache_every > 1)
+        learned = table.learned_variance
+        if learned and model.config.out_channels != 2 * model.config.in_channels:
+            expected = f"{2 * model.config.in_channels} output channels for a learned variance"
+            raise IdmFastError(f"Engine: model must have {expected}, got {model.config.out_channels}")
+        reusable = options.cache_every > 1
+        lowered = lower(model, shape, kind, quantised=quantised, reusable=reusable, learned_variance=learned)
         tables = StepTables(lowered, weights, table.evaluations)
         tuner = Autotuner(options.autotune, options.cache)
         arena = options.arena or Arena(place)
@@ -211,6 +216,9 @@ class Engine:
                 f"use_table: table must have at most {self._tables.capacity} evaluations, as the engine was compiled "
                 f"for, got {table.evaluations}"
             )
+        kinds = ["learned" if each.learned_variance else "fixed" for each in (self._table, table)]
+        if kinds[0] != kinds[1]:
+            raise IdmFastError(f"use_table: variance must be {kinds[0]}, as the engine was compiled for, got {kinds[1]}")
         with self.arena.turn():
             if table is not self._table:
                 self._tables.load(table)

@@ -23,6 +23,7 @@ from idm_fast.engine.nodes import (
     Node,
     Norm,
     Resample,
+    SpreadNoise,
     StatsValue,
     TimeRow,
     Unshuffle,
@@ -76,14 +77,21 @@ class Lowered:
 
 
 def lower(
-    model: UNet, shape: Shape, dtype: torch.dtype, *, quantised: EightBit | None = None, reusable: bool = False
+    model: UNet,
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    quantised: EightBit | None = None,
+    reusable: bool = False,
+    learned_variance: bool = False,
 ) -> Lowered:
     """The plan of ``model`` for N images of H x W pixels in ``dtype``.
 
     ``quantised``: a convolution behind a norm is done on 8-bit numbers, but for the network's last. ``reusable``: what
     the inner levels give back to the finest resolution outlives the step, so that the next may leave them out.
+    ``learned_variance``: the table has one, and the network says it in the second half of its output.
     """
-    return _Lowering(model, shape, dtype, quantised, reusable).run()
+    return _Lowering(model, shape, dtype, quantised, reusable).run(learned_variance)
 
 
 class _Lowering:
@@ -104,7 +112,7 @@ class _Lowering:
 
     # The whole network.
 
-    def run(self) -> Lowered:
+    def run(self, learned_variance: bool) -> Lowered:
         c, f = self.config, self.config.unshuffle
         full = (self.n, c.in_channels, self.height, self.width)
         x, history = (Value(name, full, torch.float32, fixed=True) for name in ("x", "history"))
@@ -130,9 +138,13 @@ class _Lowering:
             joins = isinstance(level.block, ResBlock) and level.block.resize is None
             h = self._level(level, f"up.{index}", h, skips.pop() if joins else None)
             end = len(self.nodes) if index == self.ascends else end
+        answer, v = self._output(h, learned_variance)
+        if v is not None:
+            scratch = Value("sampler.scratch", full, torch.float32)
+            self.nodes.append(SpreadNoise(layer="sampler", v=v, unshuffle=f, out_history=history, out_scratch=scratch))
         self.nodes.append(
             Update(
-                layer="sampler", answer=self._output(h), base=cond if c.residual else None, unshuffle=f,
+                layer="sampler", answer=answer, base=cond if c.residual else None, unshuffle=f,
                 out_x=x, out_history=history, out_input=entry,
             )
         )  # fmt: skip
@@ -173,15 +185,20 @@ class _Lowering:
             raise TypeError(f"lower: {path} is a {type(block).__name__}, which has no lowering")
         return h if level.attention is None else self._attention(level.attention, f"{path}.attention", h)
 
-    def _output(self, h: Image) -> Value:
+    def _output(self, h: Image, learned_variance: bool) -> tuple[Value, Value | None]:
+        """What the update reads, and the variance behind it where the table asks for one."""
         c = self.config
-        channels = c.in_channels * c.unshuffle**2  # a learned variance behind them is not read by any solver
-        rows = (0, channels) if channels < c.out_channels * c.unshuffle**2 else None
-        return self._conv(
-            "out_conv", h.value, channels, weight=Weight("out_conv.weight", "conv", rows=rows),
-            bias=(Weight("out_conv.bias", "vector", rows=rows),),
-            coefficients=self._coefficients("out_norm", self.model.out_norm, h), silu=True,
-        ).value  # fmt: skip
+        channels, all_channels = c.in_channels * c.unshuffle**2, c.out_channels * c.unshuffle**2
+        coefficients = self._coefficients("out_norm", self.model.out_norm, h)
+
+        def part(rows: Columns | None) -> Value:
+            return self._conv(
+                "out_conv", h.value, channels, weight=Weight("out_conv.weight", "conv", rows=rows),
+                bias=(Weight("out_conv.bias", "vector", rows=rows),), coefficients=coefficients, silu=True,
+            ).value  # fmt: skip
+
+        answer = part((0, channels) if channels < all_channels else None)
+        return answer, part((channels, 2 * channels)) if learned_variance else None
 
     # Its parts.
 

@@ -261,6 +261,18 @@ class Update(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpreadNoise(Node):
+    """exp(spread v) noise into the history, before the update of a learned variance. ``v`` is as the network stores it;
+    ``out_scratch``, like x, is what drawing the noise leaves behind."""
+
+    v: Value
+    unshuffle: int
+    out_history: Value
+    out_scratch: Value
+    op = "spread_noise"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Advance(Node):
     """The step counter, plus one."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from idm_fast.diffusion import parameterisation as _parameterisation
 from idm_fast.diffusion.parameterisation import Parameterisation
 from idm_fast.diffusion.samplers.ddim import ddim
-from idm_fast.diffusion.samplers.ddpm import ddpm
+from idm_fast.diffusion.samplers.ddpm import VARIANCES, Variance, ddpm
 from idm_fast.diffusion.samplers.dpmpp_2m import dpmpp_2m
 from idm_fast.diffusion.samplers.dpmpp_2m_sde import dpmpp_2m_sde
 from idm_fast.diffusion.samplers.euler import euler
@@ -51,6 +51,7 @@ def build_table(
     clamp: float | None = None,
     timesteps: Times | None = None,
     noise_timestep: float | None = None,
+    variance: Variance = "small",
 ) -> SamplerTable:
     """The table of a run: ``steps`` steps of ``solver`` from the noise level at ``start`` down to the clean image.
 
@@ -59,6 +60,8 @@ def build_table(
     - ``clamp``: x0_hat is held to [-clamp, clamp] at every evaluation; None = not. Images: 1.
     - ``noise_timestep``: the time whose noise level the walk's x has, where that is not the first timestep. DifFace
       noises to chain index 100 but walks 99 .. 0.
+    - ``variance``: of ddpm's steps (other solvers have none): "small", "large" or "learned"; the last needs a network
+      with a second half of output channels (see ``samplers/ddpm.py``).
 
     Errors: ``IdmFastError`` naming the argument, the expected and the actual value.
     """
@@ -67,16 +70,20 @@ def build_table(
     eta = _eta(solver, eta)
     if clamp is not None and not 0 < clamp < np.inf:
         raise IdmFastError(f"sampler: clamp must be a finite number > 0 or None, got {clamp!r}")
+    if variance not in VARIANCES:
+        raise IdmFastError(f"sampler: variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
     walk = _walk(schedule, steps, spacing, start, timesteps)
     begin = schedule.alpha_sigma(walk[0] if noise_timestep is None else noise_timestep)
 
     alpha, sigma = (np.append(part, end) for part, end in zip(schedule.alpha_sigma(walk), (1.0, 0.0), strict=True))
-    steps_taken = SOLVERS[solver].rows(alpha, sigma, eta)
+    rows_of = VARIANCES[variance] if solver == "ddpm" else SOLVERS[solver].rows
+    steps_taken = rows_of(alpha, sigma, eta)
     nodes = np.array([row.node for row in steps_taken])
     rows = np.zeros((len(steps_taken), len(COLUMNS)))
     rows[:, 0], rows[:, 1] = _parameterisation.x0_coefficients(parameterisation, alpha[nodes], sigma[nodes])
-    rows[:, 2:6] = np.array([row[1:] for row in steps_taken]) + 0.0  # makes -0 plain 0, which kernels test for
+    rows[:, 2:6] = np.array([row[1:5] for row in steps_taken]) + 0.0  # makes -0 plain 0, which kernels test for
     rows[:, 6] = clamp or 0.0
+    rows[:, 7] = [row.spread for row in steps_taken]
     return SamplerTable(
         rows=rows,
         network_time=schedule.network_time(walk)[nodes],
@@ -89,6 +96,7 @@ def build_table(
         steps=len(walk),
         eta=eta,
         parameterisation=parameterisation,
+        learned_variance=solver == "ddpm" and variance == "learned",
     )
 
 
@@ -118,4 +126,4 @@ def _walk(schedule: Schedule, steps: int | None, spacing: Spacing, start: float,
     return walk
 
 
-__all__ = ["SOLVERS", "Solver", "build_table"]
+__all__ = ["SOLVERS", "VARIANCES", "Solver", "Variance", "build_table"]
