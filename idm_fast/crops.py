@@ -120,7 +120,9 @@ class CropRestorer:
     def _chain(self, respacing: str) -> Array:
         """The training steps of a respaced chain, rising."""
         if self.schedule.size is None:
-            raise IdmFastError(f"respacing must be left out: {self.config.name} has no training steps, got {respacing!r}")
+            raise IdmFastError(
+                f"respacing must be left out: {self.config.name} has no training steps, got {respacing!r}"
+            )
         return respace(self.schedule.size, respacing)
 
     def steps(self, settings: SampleSettings) -> int:
@@ -180,8 +182,8 @@ class CropRestorer:
         report: Callback | None = None if progress is None else lambda e, x, x0: progress(e)
         # Kernels start on the current device, whichever the tensors are on.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            start, cond = self._beginning(y, seeds, table, settings)
             with self._forced():
-                start, cond = self._beginning(y, seeds, table, settings)
                 out = self._walk(start, seeds, cond, table, report)
         if not torch.isfinite(out).all():
             raise IdmFastError(
@@ -198,7 +200,7 @@ class CropRestorer:
         return start, self._condition(y)
 
     def _condition(self, y: Tensor) -> Tensor:
-        """A super-resolution network has learnt from pictures that were small: it is shown what is left of such a one."""
+        """What the network is shown: of a super-resolution network, what is left of the crop at the size it knows."""
         enlarge = self.config.unet.cond_resize
         low_res = self.config.low_res or (self.size // 4 if enlarge == "bilinear" else 0)
         if not 0 < low_res < self.size:

@@ -218,7 +218,9 @@ class Engine:
             )
         kinds = ["learned" if each.learned_variance else "fixed" for each in (self._table, table)]
         if kinds[0] != kinds[1]:
-            raise IdmFastError(f"use_table: variance must be {kinds[0]}, as the engine was compiled for, got {kinds[1]}")
+            raise IdmFastError(
+                f"use_table: variance must be {kinds[0]}, as the engine was compiled for, got {kinds[1]}"
+            )
         with self.arena.turn():
             if table is not self._table:
                 self._tables.load(table)
