@@ -61,6 +61,7 @@ _TORCH = {"cpu": ("bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 PEERS: tuple[Peer, ...] = (
     Peer("no_engine", "idm_fast.bench.ours:modules", _TORCH),
     Peer("eager", f"{__name__}.torch_peers:eager", _TORCH),
+    Peer("public", f"{__name__}.public_peer:public", {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "fp32")}),
     Peer("torch_compile", f"{__name__}.torch_peers:compiled", _TORCH),
     Peer("diffusers", f"{__name__}.diffusers_peer:unet2d", _TORCH, ("diffusers",)),
     Peer("xformers", f"{__name__}.torch_peers:with_xformers", {"cuda": ("fp16", "bf16")}, ("xformers",)),
