@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from idm_fast import registry
 from idm_fast.crops import CropRestorer, SampleSettings
+from idm_fast.difface import START_INDEX
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.align import AlignedFace
 from idm_fast.faces.detect import FaceDetector
@@ -50,18 +51,32 @@ class Restorer:
         backend: str | None = None,
         engine: bool = True,
         cache_every: int = 1,
+        method: str = "conditional",
+        estimator: str | Path = registry.DEFAULT_MODEL,
+        start_index: int = START_INDEX,
+        settings: Mapping[str, Any] | None = None,
     ) -> Restorer:
-        """A restorer from a shipped family or model, or from a ``.safetensors`` file.
+        """A restorer from a shipped family or model, a model file, a diffusers folder, or a Hugging Face Hub id.
 
-        A family ("idm-face") holds a model per face size and picks one for each face. ``device``: "cpu" or "cuda";
-        ``dtype``: "fp32", "bf16", "fp16" (CUDA), or lossy "int8" (CPU) and "fp8" (sm_90); ``backend``: forces one
-        kernel back end, or several in order of preference ("cpu,torch"). All default to the fastest sound choice.
-        ``engine=False`` runs the networks' plain modules instead of compiled plans: slower, and what a plan is judged
-        by. ``cache_every`` k > 1 is lossy and for walks of several steps: the network's inner levels run only at every
-        k-th evaluation. Raises ``IdmFastError`` for unknown names, broken files, and back ends of which none can run
-        some operation here.
+        A family ("idm-face") holds a model per face size and picks one for each face. A file may be one of ours
+        (.safetensors) or a public project's (see ``idm_fast.checkpoints.load``): ``settings`` then says what its keys
+        cannot tell. A name of the form owner/name that is no path here is fetched from the Hub, which needs the package
+        ``huggingface_hub``.
+
+        ``method``: "conditional" for models that are shown the degraded face; "difface" for unconditional ones, which
+        go on from an estimate, noised to index ``start_index`` of the 250-step chain (lower stays nearer to it).
+        ``estimator``: "bicubic", a restorer's name ("idm-face"), or a file of one or of DifFace's SwinIR.
+
+        ``device``: "cpu" or "cuda"; ``dtype``: "fp32", "bf16", "fp16" (CUDA), or lossy "int8" (CPU) and "fp8" (sm_90);
+        ``backend``: forces one kernel back end, or several in order of preference ("cpu,torch"). All default to the
+        fastest sound choice. ``engine=False`` runs the networks' plain modules instead of compiled plans: slower, and
+        what a plan is judged by. ``cache_every`` k > 1 is lossy and for walks of several steps: the network's inner
+        levels run only at every k-th evaluation. Raises ``IdmFastError`` for unknown names, broken files, models that
+        do not restore by the method, and back ends of which none can run some operation here.
         """
-        return cls(registry.load_models(name_or_path, registry.Target(device, dtype, backend, engine, cache_every)))
+        target = registry.Target(device, dtype, backend, engine, cache_every)
+        how = registry.Method(method, estimator, start_index)
+        return cls(registry.load_models(name_or_path, target, how, settings))
 
     @property
     def detector(self) -> FaceDetector:
@@ -78,6 +93,7 @@ class Restorer:
         sampler: str | None = None,
         eta: float | None = None,
         strength: float | None = None,
+        respacing: str | None = None,
         seed: int = 0,
         generator: torch.Generator | int | None = None,
         face: str = "all",
@@ -93,7 +109,8 @@ class Restorer:
         - ``images``: paths, Pillow images, arrays (uint8, uint16, or float32 in 0..1; [H, W] or [H, W, 1 to 4]) or
           ``Picture``. All faces of all pictures go through the network together, ``batch_size`` at a time.
         - ``num_inference_steps``, ``sampler``, ``eta``, ``strength``: None is the model's own default. ``strength`` in
-          (0, 1]: 1 starts from pure noise, less from the noised input.
+          (0, 1]: 1 starts from pure noise, less from the noised input. ``respacing``, instead of the number of steps: the
+          training steps to walk, as guided-diffusion writes them ("ddim250", "250", "10,15,20").
         - ``seed``: face k of every picture, largest first, draws its noise from seed + k, so a result does not depend
           on what it was batched with. ``generator``, as diffusers has it, takes the place of ``seed``: a number is
           the seed, a ``torch.Generator`` gives one.
@@ -107,7 +124,7 @@ class Restorer:
         """
         seed = seed if generator is None else seed_from(generator)
         options = RestoreOptions(face, blend, upscale, aligned, batch_size, seed, output_type)
-        settings = SampleSettings(num_inference_steps, sampler, eta, strength)
+        settings = SampleSettings(num_inference_steps, sampler, eta, strength, respacing)
         for model in self.models:
             model.evaluations(settings)  # builds its table, or says what is wrong
         detector = None if aligned else self.detector

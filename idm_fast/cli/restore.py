@@ -6,12 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from idm_fast.checkpoints.settings import from_pairs
 from idm_fast.cli.inputs import collect
 from idm_fast.cli.session import Session
+from idm_fast.difface import START_INDEX
 from idm_fast.diffusion import SOLVERS
 from idm_fast.engine.lossy import REUSE_COST, TIERS
 from idm_fast.kernels import BACKENDS
-from idm_fast.registry import DEFAULT_MODEL, FAMILIES, shipped
+from idm_fast.registry import DEFAULT_MODEL, ESTIMATORS, FAMILIES, METHODS, shipped
 from idm_fast.restorer import Restorer
 
 _DESCRIPTION = """Finds the faces of each picture, restores them and pastes them back; nothing else in the picture
@@ -28,6 +30,7 @@ examples:
   idm-fast restore album 'scans/*.tif' -o out --compare --skip-existing
   idm-fast restore old.jpg -o out --upscale 2 --steps 8     larger, and sharper but freer
   idm-fast restore crops -o out --aligned                   face crops as FFHQ frames them
+  idm-fast restore old.jpg -o out --model iddpm_ffhq512.pth --method difface --estimator swinir.pth
 """
 
 
@@ -38,8 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     p = parser.add_argument_group("model")
     names = ", ".join([*FAMILIES, *shipped()])
-    p.add_argument("--model", default=DEFAULT_MODEL, help=f"{names}, or a .safetensors file (default: %(default)s)")
+    p.add_argument(
+        "--model", default=DEFAULT_MODEL,
+        help=f"{names}; a model file, ours or a public project's; a diffusers folder; or owner/name of the Hugging Face "
+        "Hub (default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+        help="what the keys of a public project's file cannot tell (see idm-fast convert)",
+    )  # fmt: skip
+    p.add_argument(
+        "--method", choices=METHODS, default="conditional",
+        help="conditional: the model is shown the degraded face (default); difface: an unconditional one goes on from a "
+        "noised estimate of the clean face",
+    )  # fmt: skip
+    p.add_argument(
+        "--estimator", metavar="NAME", default=DEFAULT_MODEL,
+        help=f"of difface: {', '.join(ESTIMATORS)}, {', '.join(FAMILIES)}, or a file of DifFace's SwinIR "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    p.add_argument(
+        "--start-index", type=int, default=START_INDEX, metavar="N",
+        help="of difface: where in its chain of 250 it begins; less stays nearer to the estimate (default: %(default)s)",
+    )  # fmt: skip
     p.add_argument("--steps", type=int, help="sampling steps; more is sharper, slower and freer (default: the model's)")
+    p.add_argument(
+        "--respacing", metavar="STEPS", help="instead of --steps, as guided-diffusion writes it: ddim250, 250 or 10,15,20"
+    )
     p.add_argument("--sampler", choices=list(SOLVERS), help="solver (default: the model's)")
     p.add_argument("--eta", type=float, help="randomness of ddim and dpmpp_2m_sde, 0..1 (default: the solver's)")
     p.add_argument("--seed", type=int, default=0, help="the noise; same seed, same picture (default: %(default)s)")
@@ -88,16 +116,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"idm-fast: --cache-every {args.cache_every} is lossy: {REUSE_COST}", file=sys.stderr)
     jobs = collect(args.inputs, args.output, args.suffix, args.ext)
     restorer = Restorer.from_pretrained(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
-        engine=args.engine,
-        cache_every=args.cache_every,
-    )
+        args.model, device=args.device, dtype=args.dtype, backend=args.backend, engine=args.engine,
+        cache_every=args.cache_every, method=args.method, estimator=args.estimator, start_index=args.start_index,
+        settings=from_pairs(args.settings),
+    )  # fmt: skip
     options = {
         "num_inference_steps": args.steps, "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
-        "seed": args.seed, "face": args.face, "blend": args.blend, "upscale": args.upscale, "aligned": args.aligned,
+        "respacing": args.respacing, "seed": args.seed, "face": args.face, "blend": args.blend, "upscale": args.upscale, "aligned": args.aligned,
         "batch_size": args.batch_size, "output_type": "picture",
     }  # fmt: skip
     restorer.restore([], **options)  # a wrong option ends the run here, before any work
