@@ -1,4 +1,4 @@
-"""DifFace (2212.06512): an estimate of the clean face, noised to the middle of a chain that an unconditional model ends.
+"""DifFace (2212.06512): a noised estimate of the clean face, in the middle of an unconditional model's chain.
 
 The model has never seen a degraded picture; what it knows is how clean faces look. The estimate carries who is shown,
 the noise hides what is wrong with it, and the chain from there on draws what is missing.
@@ -30,10 +30,11 @@ class DifFace(CropRestorer):
     """x0_hat of degraded crops by an unconditional network: DifFace's chain, which its public code walks with DDIM.
 
     ``estimator``: what makes the estimate of the clean crop. ``start_index``: the index in the respaced chain to whose
-    noise the estimate is taken; lower stays nearer to it. The other arguments are ``CropRestorer``'s. Defaults are those
-    of the public code: 250 of 1000 steps, start at index 100, DDIM with eta 0.5. With ``steps`` (at most
-    ``start_index``) only so many of the indices below it are walked: faster, and the authors' no more. Raises
-    ``IdmFastError`` for a network that is shown a picture, and for a start outside the chain.
+    noise the estimate is taken; lower stays nearer to it. The other arguments are ``CropRestorer``'s.
+
+    Defaults are those of the public code: 250 of 1000 steps, start at index 100, DDIM with eta 0.5. With ``steps`` (at
+    most ``start_index``) only so many of the indices below it are walked: faster, and the authors' chain no more.
+    Raises ``IdmFastError`` for a network that is shown a picture, and for a start outside the chain.
     """
 
     def __init__(
@@ -62,9 +63,7 @@ class DifFace(CropRestorer):
 
     def _table(self, settings: SampleSettings) -> SamplerTable:
         if settings.strength != 1:
-            raise IdmFastError(
-                f"strength must be left out with difface, whose start index says where it begins, got {settings.strength}"
-            )
+            raise IdmFastError(f"strength must be left out with difface (start index says it), got {settings.strength}")
         chain = self._chain(settings.respacing or RESPACING)
         if not 1 <= self.start_index < len(chain):
             last = len(chain) - 1

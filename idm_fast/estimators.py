@@ -63,5 +63,3 @@ class Regression:
 def _resized(images: Tensor, side: int) -> Tensor:
     made = interpolate(images, (side, side), mode="bicubic", antialias=True)
     return made.clamp_(-1, 1)
-
-

@@ -1,4 +1,4 @@
-"""Model files of the Hugging Face Hub. ``huggingface_hub`` is optional: who has files needs neither it nor a network."""
+"""Model files of the Hugging Face Hub. ``huggingface_hub`` is optional: files need neither it nor a network."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def looks_like_id(name: str) -> bool:
 def fetch(name: str) -> Path:
     """The diffusers folder or the one weights file of a repository, from the Hub or from its cache on this machine.
 
-    ``name``: owner/name, or owner/name@revision. Only the network's own files are fetched. Raises ``IdmFastError`` where
-    ``huggingface_hub`` is not installed, the repository cannot be reached, or its files are not those of one model.
+    ``name``: owner/name, or owner/name@revision. Only the network's own files are fetched. Raises ``IdmFastError``
+    where ``huggingface_hub`` is not installed, the repository cannot be reached, or it holds not exactly one model.
     """
     found = _ID.fullmatch(name)
     if found is None:
@@ -44,12 +44,12 @@ def fetch(name: str) -> Path:
     except IdmFastError:
         raise
     except Exception as error:  # offline, no such repository, a gated one: its own words say which
-        folder = _cached(hub, repo, revision)
-        if folder is None:
+        kept = _cached(hub, repo, revision)
+        if kept is None:
             raise IdmFastError(
                 f"{name}: nothing of this name is here, and the Hugging Face Hub did not give it: {_first_line(error)}"
             ) from None
-        here = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        folder, here = kept, [str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()]
         wanted = choose(name, here)
     weights = next(file for file in wanted if Path(file).suffix in WEIGHTS)
     return folder / weights if wanted == [weights] else folder

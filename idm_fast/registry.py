@@ -102,7 +102,7 @@ def load_models(
     """One restorer per face size, smallest first, for whatever ``find_files`` takes.
 
     ``settings``: of a public project's file, what its keys cannot tell. Raises ``IdmFastError`` for an unknown name, a
-    broken file, a model that does not restore pictures by ``method``, a device, dtype or back end that cannot run it here.
+    broken file, a model that does not restore pictures by ``method``, a device, dtype or back end that cannot run it.
     """
     method = method or Method()
     device, dtype = target.resolved()
@@ -130,8 +130,8 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {"bicubic": Bicubic}
 
 
 def load_estimator(name_or_path: str | Path, target: Target) -> Estimator:
-    """An estimator by its name in ``ESTIMATORS``, or of whatever ``find_files`` takes: a restorer of ours, which is used
-    in one step, or a SwinIR as DifFace publishes it.
+    """An estimator by its name in ``ESTIMATORS``, or of whatever ``find_files`` takes: a restorer of ours, used in one
+    step, or a SwinIR as DifFace publishes it.
 
     Raises ``IdmFastError`` naming what it is instead.
     """
@@ -141,10 +141,14 @@ def load_estimator(name_or_path: str | Path, target: Target) -> Estimator:
     first = checkpoints.load(files[0])
     if isinstance(first.module, SwinIR):
         return Regression(first.module, target.resolved()[0])
-    if not isinstance(first.module, UNet) or _why_not(first.config, Method()) is not None or not _one_step(first.config):
+    if (
+        not isinstance(first.module, UNet)
+        or _why_not(first.config, Method()) is not None
+        or not _one_step(first.config)
+    ):
         raise IdmFastError(
             f"{files[0]}: estimator must be {', '.join(ESTIMATORS)}, a restorer that predicts the clean face "
-            f"({', '.join(FAMILIES)}) or a SwinIR, got {first.config.name}"
+            f"({', '.join(FAMILIES)}) or a SwinIR, got a {type(first.module).__name__} that is neither"
         )
     return OneStep(load_models(name_or_path, target))
 
@@ -174,7 +178,7 @@ def _why_not(config: ModelConfig, method: Method) -> str | None:
         return None if u.cond_channels == 0 else f"model must be unconditional for difface, {got}"
     if u.cond_channels == 0:
         return (
-            f"model must be conditioned on a picture = 3 condition channels, {got}; an unconditional model restores with "
-            "method difface (--method difface)"
+            f"model must be conditioned on a picture = 3 condition channels, {got}; an unconditional model restores "
+            "with method difface (--method difface)"
         )
     return None

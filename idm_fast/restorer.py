@@ -109,8 +109,8 @@ class Restorer:
         - ``images``: paths, Pillow images, arrays (uint8, uint16, or float32 in 0..1; [H, W] or [H, W, 1 to 4]) or
           ``Picture``. All faces of all pictures go through the network together, ``batch_size`` at a time.
         - ``num_inference_steps``, ``sampler``, ``eta``, ``strength``: None is the model's own default. ``strength`` in
-          (0, 1]: 1 starts from pure noise, less from the noised input. ``respacing``, instead of the number of steps: the
-          training steps to walk, as guided-diffusion writes them ("ddim250", "250", "10,15,20").
+          (0, 1]: 1 starts from pure noise, less from the noised input. ``respacing``, instead of the number of steps:
+          the training steps to walk, as guided-diffusion writes them ("ddim250", "250", "10,15,20").
         - ``seed``: face k of every picture, largest first, draws its noise from seed + k, so a result does not depend
           on what it was batched with. ``generator``, as diffusers has it, takes the place of ``seed``: a number is
           the seed, a ``torch.Generator`` gives one.

@@ -186,7 +186,7 @@ def test_difface_starts_at_index_100_of_250(eta: float) -> None:
 
 @pytest.mark.parametrize("e", [0, 1, 765, 1997, 1998, 1999])
 def test_sr3_steps(e: int) -> None:
-    """Its own table is padded with 1 and read at t + 1; its log variance is clipped, and its last step draws nothing."""
+    """Its table is padded with 1 and read at t + 1; its log variance is clipped, and its last step draws nothing."""
     betas = np.linspace(1e-6, 1e-2, 2000)
     bar = np.cumprod(1 - betas)
     padded = np.sqrt(np.append(1.0, bar))

@@ -7,11 +7,14 @@ from idm_fast.checkpoints.format import Format
 from idm_fast.checkpoints.guided_diffusion import DIFFACE, GUIDED_DIFFUSION
 from idm_fast.checkpoints.source import Source
 from idm_fast.checkpoints.sr3 import SR3
+from idm_fast.checkpoints.swinir import SWINIR
 from idm_fast.checkpoints.vqgan import VQGAN
 from idm_fast.errors import IdmFastError
 
 # The first that matches is taken: a narrower format stands before a wider one.
-FORMATS: dict[str, Format] = {made.name: made for made in (SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN)}
+FORMATS: dict[str, Format] = {
+    made.name: made for made in (SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN, SWINIR)
+}
 _ALIASES = {"ldm-vq": VQGAN.name}  # other words for the same
 
 # Names by which networks of other purposes are known, for the message.
@@ -27,7 +30,6 @@ _OTHERS = (
     ("double_blocks.", "a diffusion transformer"),
     ("x_embedder.", "a diffusion transformer"),
     ("RDB1.", "an image network (RRDBNet, ESRGAN)"),
-    ("layers.0.residual_group", "an image network (SwinIR)"),
     ("layer1.0.conv1.", "an image classifier (ResNet)"),
     ("generator.", "a generative adversarial network"),
 )

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join([*FAMILIES, *shipped()])
     p.add_argument(
         "--model", default=DEFAULT_MODEL,
-        help=f"{names}; a model file, ours or a public project's; a diffusers folder; or owner/name of the Hugging Face "
-        "Hub (default: %(default)s)",
+        help=f"{names}; a model file, ours or a public project's; a diffusers folder; or owner/name of the Hugging "
+        "Face Hub (default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument(
         "--method", choices=METHODS, default="conditional",
-        help="conditional: the model is shown the degraded face (default); difface: an unconditional one goes on from a "
-        "noised estimate of the clean face",
+        help="conditional: the model is shown the degraded face (default); difface: an unconditional one goes on from "
+        "a noised estimate of the clean face",
     )  # fmt: skip
     p.add_argument(
         "--estimator", metavar="NAME", default=DEFAULT_MODEL,
@@ -62,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument(
         "--start-index", type=int, default=START_INDEX, metavar="N",
-        help="of difface: where in its chain of 250 it begins; less stays nearer to the estimate (default: %(default)s)",
+        help="of difface: where in its chain it begins; less stays nearer to the estimate (default: %(default)s)",
     )  # fmt: skip
     p.add_argument("--steps", type=int, help="sampling steps; more is sharper, slower and freer (default: the model's)")
     p.add_argument(
-        "--respacing", metavar="STEPS", help="instead of --steps, as guided-diffusion writes it: ddim250, 250 or 10,15,20"
+        "--respacing",
+        metavar="STEPS",
+        help="instead of --steps, as guided-diffusion writes it: ddim250, 250 or 10,15,20",
     )
     p.add_argument("--sampler", choices=list(SOLVERS), help="solver (default: the model's)")
     p.add_argument("--eta", type=float, help="randomness of ddim and dpmpp_2m_sde, 0..1 (default: the solver's)")
@@ -122,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     options = {
         "num_inference_steps": args.steps, "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
-        "respacing": args.respacing, "seed": args.seed, "face": args.face, "blend": args.blend, "upscale": args.upscale, "aligned": args.aligned,
-        "batch_size": args.batch_size, "output_type": "picture",
+        "respacing": args.respacing, "seed": args.seed, "face": args.face, "blend": args.blend,
+        "upscale": args.upscale, "aligned": args.aligned, "batch_size": args.batch_size, "output_type": "picture",
     }  # fmt: skip
     restorer.restore([], **options)  # a wrong option ends the run here, before any work
     session = Session(

@@ -7,7 +7,9 @@ runs a network a hundred times. Submodules have the names of the public files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,9 @@ class SwinIRConfig:
     """Shape of one network; the defaults are DifFace's estimator for 512 px (15.8 M parameters).
 
     ``scale``: factor of the pixel-unshuffle stem and of the doublings at the end (2, 4 or 8), so that output and input
-    are of one size. ``depths``: blocks of each residual group; ``heads``: of each group's attentions. ``window``: side of
-    an attention window on the small grid. ``features``: channels of the doublings.
+    are of one size. ``depths``: blocks of each residual group; ``heads``: of each group's attentions. ``window``: side
+    of an attention window on the small grid. ``hidden``, ``features``: channels inside a block's two linear layers, and
+    of the doublings.
     """
 
     embed_dim: int = 180
@@ -51,6 +54,9 @@ class SwinIRConfig:
         """Height and width of an input must be multiples of this."""
         return self.scale * self.window
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 class SwinIR(nn.Module):
     """An estimate of the clean picture: ``x`` [N, 3, H, W] in [0, 1] -> the same shape, about [0, 1], not clamped.
@@ -65,7 +71,10 @@ class SwinIR(nn.Module):
         self.conv_first = nn.Sequential(nn.PixelUnshuffle(c.scale), _conv(3 * c.scale**2, dim))
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(dim)})
         self.layers = nn.ModuleList(
-            [ResidualGroup(dim, depth, heads, c.window, c.hidden) for depth, heads in zip(c.depths, c.heads, strict=True)]
+            [
+                ResidualGroup(dim, depth, heads, c.window, c.hidden)
+                for depth, heads in zip(c.depths, c.heads, strict=True)
+            ]
         )
         self.norm = nn.LayerNorm(dim)
         self.conv_after_body = _conv(dim, dim)
@@ -99,13 +108,11 @@ class ResidualGroup(nn.Module):
     def __init__(self, dim: int, depth: int, heads: int, window: int, hidden: int) -> None:
         super().__init__()
         blocks = [Block(dim, heads, window, hidden, window // 2 if i % 2 else 0) for i in range(depth)]
-        self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+        self.residual_group = nn.ModuleDict({"blocks": nn.Sequential(*blocks)})
         self.conv = _conv(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for block in self.residual_group["blocks"]:  # type: ignore[union-attr]
-            h = block(h)
+        h = self.residual_group["blocks"](x)
         out: Tensor = x + self.conv(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return out
 
@@ -150,21 +157,26 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * side - 1) ** 2, heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        down = row.flatten()[:, None] - row.flatten() + side - 1
-        right = column.flatten()[:, None] - column.flatten() + side - 1
-        # Files hold the same numbers; computed, they need not be believed.
-        self.register_buffer("offsets", down * (2 * side - 1) + right, persistent=False)
+        self.side = side
 
     def forward(self, x: Tensor, shut: Tensor | None) -> Tensor:
         n, windows, positions, c = x.shape
         qkv = self.qkv(x).view(n, windows, positions, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # [N, windows, heads, positions, width]
-        bias = self.relative_position_bias_table[self.offsets].permute(2, 0, 1)  # type: ignore[index]
+        bias = self.relative_position_bias_table[_offsets(self.side, x.device)].permute(2, 0, 1)
         mask = bias if shut is None else bias + shut[:, None]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
         out: Tensor = self.proj(h.transpose(2, 3).reshape(n, windows, positions, c))
         return out
+
+
+@lru_cache(maxsize=8)
+def _offsets(side: int, device: torch.device) -> Tensor:
+    """[side^2, side^2]: row of the bias table for each pair of positions. Files hold it; it need not be believed."""
+    row, column = torch.meshgrid(*2 * [torch.arange(side, device=device)], indexing="ij")
+    down = row.flatten()[:, None] - row.flatten() + side - 1
+    right = column.flatten()[:, None] - column.flatten() + side - 1
+    return down * (2 * side - 1) + right
 
 
 def _shut_out(height: int, width: int, side: int, shift: int, like: Tensor) -> Tensor:

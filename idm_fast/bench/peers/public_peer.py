@@ -37,7 +37,7 @@ class Attention(nn.Module):
     def __init__(self, attention: PlainAttention) -> None:
         super().__init__()
         self.heads, self.order = attention.heads, attention.order
-        self.norm = Norm(attention.norm)
+        self.norm = Norm(attention.norm) if isinstance(attention.norm, PlainNorm) else attention.norm
         self.qkv, self.out = _pointwise(attention.qkv), _pointwise(attention.out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,8 @@ class Attention(nn.Module):
         weight = torch.einsum("nhct,nhcs->nhts", q * scale, k * scale)
         weight = torch.softmax(weight.float(), dim=-1).type(weight.dtype)
         mixed = torch.einsum("nhts,nhcs->nhct", weight, v).reshape(n, c, -1)
-        return x + self.out(mixed).reshape(n, c, height, width)
+        out: Tensor = x + self.out(mixed).reshape(n, c, height, width)
+        return out
 
 
 class Contiguous(nn.Module):
