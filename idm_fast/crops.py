@@ -206,7 +206,9 @@ class CropRestorer:
         if not 0 < low_res < self.size:
             return y
         small = interpolate(y, (low_res, low_res), mode="bicubic", antialias=True).clamp_(-1, 1)
-        large = interpolate(small, (self.size, self.size), mode="bilinear" if enlarge == "bilinear" else "bicubic")
+        # As the families do it: guided-diffusion by torch's bilinear, SR3 by Pillow's bicubic.
+        how: dict[str, Any] = {"mode": "bilinear"} if enlarge == "bilinear" else {"mode": "bicubic", "antialias": True}
+        large = interpolate(small, (self.size, self.size), **how)
         return large.clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
 
     def _walk(

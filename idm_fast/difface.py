@@ -16,7 +16,6 @@ from idm_fast.config import ModelConfig
 from idm_fast.crops import CropRestorer, SampleSettings
 from idm_fast.diffusion import SamplerTable, build_table, noised_start
 from idm_fast.diffusion.spacing import discrete
-from idm_fast.engine.precision import INT8
 from idm_fast.errors import IdmFastError
 from idm_fast.estimators import Estimator
 from idm_fast.models.unet import UNet
@@ -45,6 +44,7 @@ class DifFace(CropRestorer):
         dtype: torch.dtype | str,
         backend: str | None = None,
         engine: bool = True,
+        cache_every: int = 1,
         *,
         estimator: Estimator,
         start_index: int = START_INDEX,
@@ -52,14 +52,12 @@ class DifFace(CropRestorer):
         if config.unet.cond_channels:
             raise IdmFastError(f"difface: {config.name} must be unconditional, got a network that is shown a picture")
         config = replace(config, sampler="ddim", strength=1.0, respacing=RESPACING)
-        super().__init__(config, module, device, dtype, backend, engine)
+        super().__init__(config, module, device, dtype, backend, engine, cache_every)
         self.estimator, self.start_index = estimator, start_index
         self.table(SampleSettings().resolved(config))  # a start outside the chain is said now
 
     def __reduce__(self) -> tuple[Any, ...]:
-        dtype = INT8 if self.quantised else self.dtype
-        given = (self.config, self.module, self.device, dtype, self.backend, self._engines is not None)
-        return _again, (given, self.estimator, self.start_index)
+        return _again, (super().__reduce__()[1], self.estimator, self.start_index)
 
     def _table(self, settings: SampleSettings) -> SamplerTable:
         if settings.strength != 1:

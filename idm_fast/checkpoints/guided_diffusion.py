@@ -17,6 +17,7 @@ from idm_fast.checkpoints.guided_keys import Structure, looks_guided, modules, s
 from idm_fast.checkpoints.settings import Setting, Settings
 from idm_fast.checkpoints.source import Source
 from idm_fast.config import DiffusionConfig, ModelConfig, Prediction, UNetConfig
+from idm_fast.diffusion import respace
 from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
 
@@ -32,7 +33,8 @@ DIFFUSION_SETTINGS = (
     Setting("diffusion_steps", "whole number", "entries of that schedule", 1000),
     Setting("rescale_timesteps", "yes or no", "the network is told 1000 t / diffusion_steps instead of t", False),
     Setting("predict_xstart", "yes or no", "the network predicts the clean image instead of the noise", False),
-    Setting("timestep_respacing", "anything", "evaluations of the respaced chain (a whole number)", 250),
+    Setting("sigma_small", "yes or no", "without a learned variance: the smaller of the two fixed ones", False),
+    Setting("timestep_respacing", "anything", "steps of the respaced chain: 250, ddim250 or 10,15,20", 250),
 )
 _INFERRED = (
     Setting("super_res", "yes or no", "half of the input channels are a smaller picture, enlarged", inferred=True),
@@ -80,8 +82,11 @@ def _heads(settings: Settings, widths: tuple[int, ...]) -> dict[str, int]:
     return {"num_heads": 1}
 
 
-def diffusion(settings: Settings, steps: int) -> tuple[DiffusionConfig, int]:
-    """The schedule and what is predicted, and how many evaluations the family's own chain has."""
+def diffusion(settings: Settings, learned: bool, respacing: str) -> tuple[DiffusionConfig, int, str]:
+    """The schedule and what is predicted, and the family's own chain: its evaluations and which steps it keeps.
+
+    ``learned``: half of the output channels are a variance. ``respacing``: of the family's public chain.
+    """
     prediction: Prediction = "x0" if settings.ask("predict_xstart", False) else "eps"
     made = DiffusionConfig(
         schedule=settings.ask("noise_schedule", "linear"),
@@ -90,17 +95,16 @@ def diffusion(settings: Settings, steps: int) -> tuple[DiffusionConfig, int]:
         beta_start=1e-4 * (scale := 1000 / max(1, train)),  # fewer steps reach the same noise
         beta_end=0.02 * scale,
         rescale_timesteps=settings.ask("rescale_timesteps", False),
+        variance="learned" if learned else "small" if settings.ask("sigma_small", False) else "large",
     )
-    asked = settings.ask("timestep_respacing", min(steps, made.train_steps))
-    spaced = str(asked).removeprefix("ddim")
+    asked = settings.ask("timestep_respacing", respacing if train >= 250 else "")
     if asked in ("", None):
-        return made, made.train_steps
-    if not spaced.isdigit() or not 1 <= int(spaced) <= made.train_steps:
-        raise IdmFastError(
-            f"{settings.where}: setting timestep_respacing must be a whole number in 1..{made.train_steps}, "
-            f"got {asked!r:.60}"
-        )
-    return made, int(spaced)
+        return made, train, ""
+    words = ",".join(map(str, asked)) if isinstance(asked, list) else str(asked)
+    try:
+        return made, len(respace(train, words)), words
+    except IdmFastError as error:
+        raise IdmFastError(f"{settings.where}: setting timestep_respacing: {error}") from None
 
 
 def _read(source: Source, settings: Settings, difface: bool, averaged: bool | None) -> Reading:
@@ -113,8 +117,9 @@ def _read(source: Source, settings: Settings, difface: bool, averaged: bool | No
         fields |= {"cond_channels": found.in_channels - channels, "cond_resize": "bilinear"}
     unet = _config(where, {**fields, "in_channels": channels})
     _agree(settings, unet, difface)
-    made, steps = diffusion(settings, 250)
-    config = ModelConfig(source.path.stem, unet, made, "ddpm", steps)
+    learned = unet.out_channels == 2 * unet.in_channels
+    made, steps, respacing = diffusion(settings, learned, "ddim250" if difface else "250")
+    config = ModelConfig(source.path.stem, unet, made, "ddpm", steps, respacing=respacing)
     with torch.device("meta"):
         module = UNet(unet)
     picked = None if source.averaged is None else tensors is source.averaged

@@ -64,7 +64,10 @@ def respace(n: int, sections: str | Sequence[int]) -> Array:
     Walk it backwards: ``build_table(..., timesteps=respace(1000, "ddim250")[::-1])``.
     """
     if isinstance(sections, str) and sections.startswith("ddim"):
-        wanted = _integers(sections[len("ddim") :])[0]
+        several = _integers(sections[len("ddim") :])
+        if len(several) != 1:
+            raise IdmFastError(f"respace: sections must be one count behind 'ddim', got {sections!r}")
+        wanted = several[0]
         for stride in range(1, n + 1):
             if math.ceil(n / stride) == wanted:
                 return np.arange(0, n, stride, dtype=np.float64)
