@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,10 +45,7 @@ def load_state(path: Path, settings: dict[str, Any], parts: Mapping[str, Statefu
     if not isinstance(state, dict) or not state.keys() >= _KEYS | {"model"}:
         got = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
         raise IdmFastError(f"{path}: must be a training state with {sorted(needed)}, got {got}")
-    changed = _changed(state["settings"], settings)
-    if changed:
-        said = ", ".join(f"{key} = {old} (now {new})" for key, (old, new) in changed.items())
-        raise IdmFastError(f"{path}: belongs to a run with {said}; give the same settings or another --out")
+    check_unchanged(path, state["settings"], settings, _FREE)
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -57,13 +54,24 @@ def load_state(path: Path, settings: dict[str, Any], parts: Mapping[str, Statefu
     return int(state["step"]), float(state["seconds"])
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Settings of the run that differ now. One that the run did not know yet is not compared."""
+def check_unchanged(path: Path, old: dict[str, Any], new: dict[str, Any], free: Set[str] = frozenset()) -> None:
+    """Raises ``IdmFastError`` naming every setting of the run in ``path`` that differs now, but for the ``free`` ones.
+
+    Settings are compared as plain values, tables within by their keys ("loss.mse"). One that the run did not know
+    yet is not compared.
+    """
+    changed = _changed(old, new, free)
+    if changed:
+        said = ", ".join(f"{key} = {before} (now {now})" for key, (before, now) in changed.items())
+        raise IdmFastError(f"{path}: belongs to a run with {said}; give the same settings or another --out")
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any], free: Set[str], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for key, value in old.items():
         now = new.get(key)
         if isinstance(value, dict) and isinstance(now, dict):
-            found |= _changed(value, now, f"{prefix}{key}.")
-        elif prefix + key not in _FREE and now != value:
+            found |= _changed(value, now, free, f"{prefix}{key}.")
+        elif prefix + key not in free and now != value:
             found[prefix + key] = (value, now)
     return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from idm_fast.cli.train import generator, intrinsic
+from idm_fast.cli.train import extrinsic, generator, intrinsic
 
-_KINDS = {"intrinsic": intrinsic, "generator": generator}
+_KINDS = {"intrinsic": intrinsic, "extrinsic": extrinsic, "generator": generator}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

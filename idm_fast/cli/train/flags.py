@@ -34,7 +34,7 @@ _NUMBERS = {
     "save_every": "steps between states",
     "sheet_every": "steps between sheets",
 }
-_DEFAULTS = TrainSettings(Path(), Path())
+DEFAULTS = TrainSettings(Path(), Path())
 _ALIGNED_PX = 256  # side of the crops that --align makes: the largest trainable preset's
 
 
@@ -50,14 +50,16 @@ def add_run(t: argparse.ArgumentParser, out: str) -> None:
     t.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
 
 
-def add_training(t: argparse.ArgumentParser, preset: str | None = _DEFAULTS.preset, said: str = "%(default)s") -> None:
+def add_training(
+    t: argparse._ActionsContainer, preset: str | None = DEFAULTS.preset, said: str = "%(default)s"
+) -> None:
     """The settings of one training loop. ``preset``: the default one; ``said``: how --help says it."""
     presets = [name for name, c in sorted(PRESETS.items()) if c.unet.cond_channels and c.diffusion.prediction == "x0"]
     t.add_argument("--preset", default=preset, choices=presets, help=f"network to train (default: {said})")
-    add_numbers(t, _DEFAULTS)
+    add_numbers(t, DEFAULTS)
 
 
-def add_numbers(t: argparse.ArgumentParser, defaults: RunSettings) -> None:
+def add_numbers(t: argparse._ActionsContainer, defaults: RunSettings) -> None:
     """The numbers that settings of the kind of ``defaults`` have, and the precision."""
     for name, text in _NUMBERS.items():
         if hasattr(defaults, name):
