@@ -19,10 +19,11 @@ from torch import Tensor
 
 from idm_fast.checkpoints import native
 from idm_fast.clean import CleanOptions
+from idm_fast.cli import main
 from idm_fast.config import PRESETS, DiffusionConfig, ModelConfig, UNetConfig
 from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
-from idm_fast.training import extrinsic, round_table
+from idm_fast.training import extrinsic
 from idm_fast.training.extrinsic import Rounds, find_start
 from idm_fast.training.intrinsic import Trainer
 from idm_fast.training.losses import LossWeights
@@ -414,9 +415,176 @@ def test_the_start_is_one_model_of_the_preset() -> None:
     file, name = find_start("idm-face-256", None)
     assert (file is not None and file.name, name) == ("idm-face-256.safetensors", "idm-256")
     assert find_start("idm-face", "idm-128")[1] == "idm-128"
-    with pytest.raises(IdmFastError, match=r"idm-face: R_0 must be one model .*, got idm-face-128 for 128 px, idm-face"):
+    with pytest.raises(
+        IdmFastError, match=r"idm-face: R_0 must be one model .*, got idm-face-128 for 128 px, idm-face"
+    ):
         find_start("idm-face", None)
     with pytest.raises(IdmFastError, match=r"idm-face-128: R_0 must be one model of preset idm-256, got idm-face-128"):
         find_start("idm-face-128", "idm-256")
     with pytest.raises(IdmFastError, match="model must be"):
         find_start("idm-face-127", None)
+
+
+SCRIPT = """
+import sys
+
+import torch
+
+import idm_fast.config as config
+from idm_fast.cli import main
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tiny = config.from_dict(config.ModelConfig, {tiny!r})
+    config.PRESETS[tiny.name] = tiny
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _command(settings: RoundSettings) -> list[str]:
+    """The command that asks for these settings, with a single round and R_0 given."""
+    s = settings.first
+    numbers = {
+        "rounds": 1, "round-steps": settings.round_steps, "round-learning-rate": settings.round_learning_rate,
+        "batch-size": s.batch_size, "warmup": s.warmup, "save-every": s.save_every, "sheet-every": s.sheet_every,
+        "pure-noise": s.pure_noise, "rollout": s.rollout, "min-native-px": 0, "loss-lpips-vgg": 0, "loss-lpips-alex": 0,
+        "loss-identity": 0, "clean-steps": 1, "clean-batch-size": 3,
+    }  # fmt: skip
+    words = {
+        "data": s.data, "out": s.out, "init-from": s.init_from, "precision": "fp32", "clean-dtype": "fp32",
+        "clean-max-identity-distance": "none",
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in (numbers | words).items()]
+    return ["train", "extrinsic", "--no-eval", *flags]
+
+
+@pytest.fixture
+def given(settings: RoundSettings, tmp_path: Path) -> RoundSettings:
+    """A round that begins from a model file."""
+    torch.manual_seed(0)
+    module = UNet(TINY.unet)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.xavier_normal_(parameter)
+    native.save(tmp_path / "start.safetensors", module, TINY, {}, torch.float16)
+    first = replace(settings.first, init_from=tmp_path / "start.safetensors")
+    return replace(settings, first=first, rounds=1, control=False)
+
+
+def test_the_command_asks_for_the_same(given: RoundSettings) -> None:
+    Rounds(given).run()
+    command = _command(given)
+    assert main(command) == 0  # nothing left to do, and no setting that differs
+    ours = _ledger(given)["settings"]
+    other = _elsewhere(given, "by-command")
+    assert main([*_command(other), "--control", "--from", "previous", "--round-min-native-px", "150"]) == 0
+    assert _ledger(other)["settings"] == ours | {"from": "previous", "round_min_native_px": 150}
+    assert (other.first.out / "control-1" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--rounds", "0"], "rounds must be >= 1, got 0"),
+        (["--preset", "idm-128"], "start.safetensors: R_0 must be one model of preset idm-128, got tiny-32 for 32 px"),
+        (
+            ["--init-from", "idm-face"],
+            "idm-face: R_0 must be one model of preset that can be trained, got idm-face-128",
+        ),
+        (["--init-from", "gone.safetensors"], "gone.safetensors: must be"),
+        (["--clean-blend", "2"], "blend must lie in [0, 1], got 2.0"),
+        (["--clean-strength", "0"], "strength must lie in (0, 1], got 0.0"),
+        (["--budget-minutes", "0"], "--budget-minutes must be > 0, got 0"),
+        (["--eval-steps", "0"], "judging: steps must be >= 1, got [0]"),
+        (["--round-min-native-px", "500"], "no face of split 'train' with native_px >= 500"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    given: RoundSettings, more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*_command(given), *more]) == 2
+    captured = capsys.readouterr().err
+    assert said in captured
+    assert len(captured.strip().splitlines()) == 1
+    assert not given.first.out.exists()
+
+
+def _launch(script: Path, arguments: list[str], processes: int) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with subprocess.Popen([*command, str(script), *arguments], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.communicate(timeout=240)[1]
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends its children; killed, it would leave them
+            pytest.fail("the processes hang")
+    assert process.returncode == 0, said[-6000:]
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_rounds_of_one_with_twice_the_batch(given: RoundSettings, tmp_path: Path) -> None:
+    """One of the two cleans while the other waits; a budget stops both at one place, and both go on from it."""
+    one = replace(given, first=replace(given.first, batch_size=8, out=tmp_path / "one"))
+    Rounds(one).run()
+    script = tmp_path / "rounds.py"
+    script.write_text(SCRIPT.format(tiny=TINY.to_dict()))
+    command = _command(given)
+    stopped = _launch(script, [*command, "--budget-minutes", "1e-9"], 2)
+    assert stopped.count("the same command goes on") == 1  # one process speaks
+    said = _launch(script, command, 2)
+    assert said.count("1 rounds finished") == 1
+    assert _pixels(given, "data-1") == _pixels(one, "data-1")
+    start = native.load(tmp_path / "start.safetensors").module.state_dict()
+    a, b = _weights(one, "round-1"), _weights(given, "round-1")
+    apart = sum(float((a[key] - b[key]).square().sum()) for key in start) ** 0.5
+    moved = sum(float((a[key] - start[key]).square().sum()) for key in start) ** 0.5
+    assert apart < 0.05 * moved
+
+
+KILLED = """
+import os
+import signal
+
+from idm_fast.training.intrinsic import Trainer
+from idm_fast.training import extrinsic
+
+left = {events}
+
+def event():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+step, real = Trainer._step, extrinsic.clean
+
+def counted_step(self, x0, y):
+    event()
+    return step(self, x0, y)
+
+def counted_clean(*rest, progress, **named):
+    def told(*news):
+        progress(*news)
+        event()
+    return real(*rest, progress=told, **named)
+
+Trainer._step, extrinsic.clean = counted_step, counted_clean
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_cleaning_and_while_training(given: RoundSettings, tmp_path: Path) -> None:
+    whole = _elsewhere(given, "whole")
+    Rounds(whole).run()
+    for events in (5, 9):  # the fourth picture; the fourth step or so after what is left of the pictures
+        script = tmp_path / f"killed-{events}.py"
+        script.write_text(KILLED.format(events=events) + SCRIPT.format(tiny=TINY.to_dict()))
+        done = subprocess.run([sys.executable, str(script), *_command(given)], capture_output=True, timeout=240)
+        assert done.returncode == -9, done.stderr[-3000:]
+    assert (given.first.out / "round-1" / "state.pt").exists()
+    Rounds(given).run()
+    assert _pixels(given, "data-1") == _pixels(whole, "data-1")
+    assert not _differ(_weights(given, "round-1"), _weights(whole, "round-1"))
+    parts = given.first.out / "data-1" / ".clean" / "parts"
+    assert not parts.exists() or not any(parts.iterdir())

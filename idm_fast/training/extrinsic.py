@@ -20,6 +20,7 @@ from idm_fast.checkpoints import native
 from idm_fast.clean import CleanSummary, clean
 from idm_fast.clean.folder import check_apart
 from idm_fast.config import PRESETS
+from idm_fast.diffusion import Schedule, build_table
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 from idm_fast.registry import find_files
@@ -53,11 +54,19 @@ class Rounds:
         self.faces = list_faces(first.data, "train")
         for number in (0, 1):  # of the first and of a later training, that a face is left
             list_faces(first.data, "train", settings.training(Part("train", number)).min_native_px)
-        check_apart(first.data, first.out)  # as the cleaner will ask, but before the hours of training R_0
+        self._check_cleaning()
         if settings.judge is not None:
             round_table.check(settings.judge, first.data)
         self.ledger = Ledger(first.out / "rounds.json")  # that of process 0 is the one that counts
         self.group = distributed.Group(0, 1, distributed.own_device())
+
+    def _check_cleaning(self) -> None:
+        """What the cleaner will refuse, before the hours that R_0 may take."""
+        check_apart(self.settings.first.data, self.settings.first.out)
+        s, d = self.settings.clean.sampling.resolved(self.config), self.config.diffusion
+        if s.strength is None or not 0 < s.strength <= 1:
+            raise IdmFastError(f"cleaning: strength must lie in (0, 1], got {s.strength}")
+        build_table(Schedule.from_config(d), d.prediction, s.sampler or "ddim", s.steps, start=s.strength)
 
     def run(self, budget_minutes: float | None = None) -> bool:
         """Does all parts that are not finished; False when ``budget_minutes`` were over before (run it again).

@@ -28,6 +28,7 @@ FORMAT = 1
 # Of the first training's settings: what may change between two parts of a run, and what is compared by content instead.
 _FREE = {"out", "workers", "save_every", "sheet_every"}
 _BY_CONTENT = {"data", "init_from"}
+_FIRST_ONLY = {"steps", "learning_rate", "min_native_px"}
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ class RoundSettings:
 
     def lasting(self, faces: list[FaceFile]) -> dict[str, Any]:
         """What decides the weights of every round, as plain values; the data (``faces``) and R_0 by their content."""
-        first = {k: v for k, v in self.first.to_dict().items() if k not in _FREE | _BY_CONTENT}
         start = self.first.init_from
+        left_out = _FREE | _BY_CONTENT | (_FIRST_ONLY if start is not None else set())
+        first = {name: value for name, value in self.first.to_dict().items() if name not in left_out}
         return first | {
             "faces": fingerprint(faces, self.first.data),
             "init_from": None if start is None else f"sha256 {digest(start)[:12]}",

@@ -8,27 +8,28 @@ from typing import Any
 
 from idm_fast.clean import CleanOptions
 from idm_fast.cli.train import flags
+from idm_fast.diffusion import SOLVERS
 from idm_fast.training.degradation import LEVELS
 from idm_fast.training.rounds import JudgeSettings, RoundSettings
 
 _EXAMPLES = """examples:
   from scratch: R_0 is trained for 4,000 steps, then two rounds of cleaning and 1,000 steps each
-    idm-fast train extrinsic --data faces --out runs/rounds --rounds 2 --steps 4000 --round-steps 1000
+    idm-fast train extrinsic --data faces --out runs/r --rounds 2 --steps 4000 --round-steps 1000
 
   from a shipped model: R_0 is there already; --control tells what the extra steps alone would bring
-    idm-fast train extrinsic --data faces --out runs/rounds --init-from idm-face-128 --control
+    idm-fast train extrinsic --data faces --out runs/r --init-from idm-face-128 --control
 
   an hour now, the rest another day: the same command goes on exactly where it stopped
-    idm-fast train extrinsic --data faces --out runs/rounds --init-from idm-face-128 --budget-minutes 60
+    idm-fast train extrinsic --data faces --out runs/r --init-from idm-face-128 --budget-minutes 60
 
   a third round after two; the first two stay as they are
-    idm-fast train extrinsic --data faces --out runs/rounds --init-from idm-face-128 --rounds 3
+    idm-fast train extrinsic --data faces --out runs/r --init-from idm-face-128 --rounds 3
 
   soft crops too, once they are cleaned
-    idm-fast train extrinsic --data faces --out runs/rounds --min-native-px 250 --round-min-native-px 100
+    idm-fast train extrinsic --data faces --out runs/s --min-native-px 250 --round-min-native-px 99
 
   many GPUs (or: accelerate launch --module idm_fast train extrinsic ...)
-    torchrun --nproc-per-node 8 -m idm_fast train extrinsic --data faces --out runs/rounds
+    torchrun --nproc-per-node 8 -m idm_fast train extrinsic --data faces --out runs/r
 """
 _DESCRIPTION = """Extrinsic enhancement (IDM): R_0 is trained on the faces of --data, or loaded; each round it cleans
 them, and the next restorer goes on from it on the cleaned ones.
@@ -36,10 +37,10 @@ them, and the next restorer goes on from it on the cleaned ones.
   OUT/round-0, round-1, ...   R_0, R_1, ...: model.safetensors, log.csv, sheets/, figures.json
   OUT/data-1, data-2, ...     the faces as R_0, R_1, ... cleaned them, each with a manifest
   OUT/control-1, ...          with --control: as many steps on the faces as they were
-  OUT/table.md, table.json    what was kept, blended and rejected; all models' figures on split "val"
+  OUT/table.md, table.json    what was kept, blended, rejected; all models' figures on split "val"
   OUT/rounds.json             the settings, and which parts are finished
 
-Every part goes on where it stopped and a finished one is not done again; other settings are refused."""
+Every part goes on where it stopped, a finished one is not done again, other settings are refused."""
 
 
 def add_parser(kinds: Any) -> None:
@@ -78,7 +79,7 @@ def _add_cleaning(t: argparse.ArgumentParser) -> None:
     d = _DEFAULTS.clean
     clean = t.add_argument_group("cleaning", "how targets are enhanced, and how far from the original one may go")
     clean.add_argument("--clean-steps", type=int, default=d.steps, help="sampling steps (default: %(default)s)")
-    clean.add_argument("--clean-sampler", help="solver (default: the model's own)")
+    clean.add_argument("--clean-sampler", choices=list(SOLVERS), help="default: the model's own")
     clean.add_argument("--clean-strength", type=float, help="in (0, 1]: below 1 the walk starts nearer to the original")
     clean.add_argument("--clean-blend", type=float, default=d.blend, help="share of the enhanced (default: 1)")
     clean.add_argument(
