@@ -351,8 +351,7 @@ def test_info_describes_a_model(tiny_model: Path, capsys: Captured) -> None:
 
 
 def test_every_verb_explains_itself(capsys: Captured) -> None:
-    kinds = (["train"], ["train", "intrinsic"], ["train", "extrinsic"])
-    for verb in ([], ["restore"], *kinds, ["ops"], ["info"], ["convert"]):
+    for verb in [], ["restore"], ["train"], ["train", "intrinsic"], ["train", "extrinsic"], ["ops"], ["info"], ["convert"]:
         with pytest.raises(SystemExit) as stop:
             main([*verb, "--help"])
         assert stop.value.code == 0
