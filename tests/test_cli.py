@@ -351,9 +351,9 @@ def test_info_describes_a_model(tiny_model: Path, capsys: Captured) -> None:
 
 
 def test_every_verb_explains_itself(capsys: Captured) -> None:
-    for verb in [], ["restore"], ["train"], ["train", "intrinsic"], ["train", "extrinsic"], ["ops"], ["info"], ["convert"]:
+    for verb in ("", "restore", "train", "train intrinsic", "train extrinsic", "ops", "info", "convert"):
         with pytest.raises(SystemExit) as stop:
-            main([*verb, "--help"])
+            main([*verb.split(), "--help"])
         assert stop.value.code == 0
         said = capsys.readouterr().out
         assert "usage: idm-fast" in said

@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """How a foreign file is to be read: for every verb that takes one."""
     parser.add_argument(
-        "--format", default="auto", choices=["auto", *FORMATS], help="of IN (default: told by its keys)"
-    )
+        "--format", default="auto", choices=["auto", *FORMATS], metavar="FORMAT",
+        help=f"of IN: {', '.join(FORMATS)} (default: auto, told by its keys)",
+    )  # fmt: skip
     parser.add_argument(
         "--set",
         action="append",
