@@ -6,6 +6,7 @@ from idm_fast.checkpoints.diffusers_vqgan import DIFFUSERS_VQGAN
 from idm_fast.checkpoints.diffusers_unet import DIFFUSERS
 from idm_fast.checkpoints.format import Format
 from idm_fast.checkpoints.guided_diffusion import DIFFACE, GUIDED_DIFFUSION
+from idm_fast.checkpoints.ldm import LDM
 from idm_fast.checkpoints.source import Source
 from idm_fast.checkpoints.sr3 import SR3
 from idm_fast.checkpoints.swinir import SWINIR
@@ -14,7 +15,7 @@ from idm_fast.errors import IdmFastError
 
 # The first that matches is taken: a narrower format stands before a wider one.
 FORMATS: dict[str, Format] = {
-    made.name: made for made in (DIFFUSERS, SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN, SWINIR)
+    made.name: made for made in (DIFFUSERS, LDM, SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN, SWINIR)
 }
 _ALIASES = {"ldm-vq": VQGAN.name}  # other words for the same
 
