@@ -124,7 +124,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "ddpm": {},
     "cosine, v": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
     "latent": {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195},
-    "sigmoid": {"beta_schedule": "sigmoid"},
+    "sigmoid": {"beta_schedule": "sigmoid", "variance_type": "fixed_large"},
     "trained": {"trained_betas": [0.001 * 1.004**i for i in range(500)], "num_train_timesteps": 500},
     "no signal at the end": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
 }
@@ -139,14 +139,15 @@ def test_the_scheduler_of_a_pipeline(name: str, tmp_path: Path) -> None:
     assert config.sampler == "ddpm"
     expected = {"epsilon": "eps", "v_prediction": "v"}[scheduler.config.prediction_type]
     assert config.diffusion.prediction == expected
+    assert config.diffusion.variance == ("large" if name == "sigmoid" else "small")
     table = torch.tensor(Schedule.from_config(config.diffusion).alphas_cumprod)
     assert torch.allclose(table, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)  # theirs is float32
-    if "v" not in name and "signal" not in name:
-        assert config.diffusion.train_steps == scheduler.config.num_train_timesteps
+    assert config.diffusion.train_steps == scheduler.config.num_train_timesteps
     loaded = checkpoints.load(tmp_path / "pipeline")
     diffusers_write.write(tmp_path / "again", loaded.module, loaded.config)
     again = library().DDPMPipeline.from_pretrained(tmp_path / "again")
     assert torch.allclose(again.scheduler.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-4, atol=1e-7)
+    assert again.scheduler.config.variance_type == scheduler.config.variance_type
     check(loaded.module, again.unet)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,15 @@ import torch
 from idm_fast.checkpoints.schedules import from_betas
 from idm_fast.checkpoints.settings import Setting, Settings
 from idm_fast.checkpoints.source import Source
-from idm_fast.config import DiffusionConfig, Prediction
+from idm_fast.config import DiffusionConfig, Prediction, Variance
 from idm_fast.diffusion import Schedule
 from idm_fast.errors import IdmFastError
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_VARIANCES: dict[str, Variance] = {
+    "fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "fixed_large_log": "large",
+    "learned_range": "learned",
+}  # fmt: skip
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 # Its own class, and as many evaluations as its pipelines make when nobody asks.
 _SOLVERS = {
@@ -33,6 +38,7 @@ SCHEDULER_SETTINGS = (
     Setting("beta_end", "number", "its last beta", 0.02),
     Setting("num_train_timesteps", "whole number", "its entries", 1000),
     Setting("prediction_type", "word", "what the network predicts", "epsilon", tuple(_PREDICTIONS)),
+    Setting("variance_type", "word", "of the noise of its ddpm steps", "fixed_small", tuple(_VARIANCES)),
 )
 
 
@@ -50,12 +56,13 @@ def chain(source: Source, settings: Settings) -> tuple[DiffusionConfig, str, int
     values = {}
     for key, setting in known.items():
         if c and key not in settings.given:
-            values[key] = setting.typed(where, c.get(key, setting.default))
+            told = c.get(key)
+            values[key] = setting.typed(where, setting.default if told is None else told)
         else:
             values[key] = settings.ask(key, setting.default)
     sampler, steps = _SOLVERS[name]
     prediction = _PREDICTIONS[values["prediction_type"]]
-    diffusion = _diffusion(where, values, c, prediction)
+    diffusion = replace(_diffusion(where, values, c, prediction), variance=_VARIANCES[values["variance_type"]])
     return diffusion, sampler, min(steps, diffusion.train_steps)
 
 
@@ -81,10 +88,12 @@ def _diffusion(where: str, values: Mapping[str, Any], c: Mapping[str, Any], pred
 
 def _without_signal_at_the_end(config: DiffusionConfig) -> DiffusionConfig:
     """sqrt(alpha_bar) shifted and scaled so that it ends at 0 and begins as before (2305.08891, algorithm 1)."""
-    roots = np.sqrt(Schedule.from_config(config).alphas_cumprod)
+    table = Schedule.from_config(config).alphas_cumprod
+    assert table is not None  # these schedules are discrete
+    roots = np.sqrt(table)
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     kept = tuple(float(value) for value in roots**2)
-    return DiffusionConfig("table", config.prediction, config.train_steps, alphas_cumprod=kept)
+    return replace(config, schedule="table", alphas_cumprod=kept)
 
 
 def written(config: DiffusionConfig, sampler: str, where: str) -> dict[str, Any]:
@@ -97,6 +106,8 @@ def written(config: DiffusionConfig, sampler: str, where: str) -> dict[str, Any]
         "prediction_type": next(word for word, ours in _PREDICTIONS.items() if ours == config.prediction),
         "beta_start": config.beta_start, "beta_end": config.beta_end, "clip_sample": True,
     }  # fmt: skip
+    if made["_class_name"] == "DDPMScheduler":
+        made["variance_type"] = next(word for word, ours in _VARIANCES.items() if ours == config.variance)
     words = {ours: word for word, ours in _SCHEDULES.items()}
     if config.schedule in words:
         return made | {"beta_schedule": words[config.schedule]}

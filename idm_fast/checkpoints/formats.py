@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from idm_fast.checkpoints.diffusers_vqgan import DIFFUSERS_VQGAN
 from idm_fast.checkpoints.diffusers_unet import DIFFUSERS
+from idm_fast.checkpoints.diffusers_vqgan import DIFFUSERS_VQGAN
 from idm_fast.checkpoints.format import Format
 from idm_fast.checkpoints.guided_diffusion import DIFFACE, GUIDED_DIFFUSION
 from idm_fast.checkpoints.ldm import LDM
@@ -40,6 +40,8 @@ _OTHERS = (
 def choose(source: Source, name: str = "auto") -> Format:
     """The format called ``name``, or the one whose names ``source`` has; ``IdmFastError`` where there is none."""
     name = _ALIASES.get(name, name)
+    if name == DIFFUSERS.name and DIFFUSERS_VQGAN.matches(source):
+        name = DIFFUSERS_VQGAN.name
     if name != "auto":
         if name not in FORMATS:
             raise IdmFastError(f"format must be auto, {', '.join(FORMATS)}, got {name!r}")
