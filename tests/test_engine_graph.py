@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_engine import TINY, tiny_inputs, tiny_network, tiny_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from idm_fast.config import DiffusionConfig, ModelConfig, UNetConfig, preset
+from idm_fast.config import DiffusionConfig, ModelConfig
 from idm_fast.crops import CropRestorer, SampleSettings
-from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise
+from idm_fast.diffusion import Guidance, SamplerTable
 from idm_fast.engine import Engine, EngineOptions, graph
 from idm_fast.engine.buckets import bucket
 from idm_fast.engine.buffers import Arena
@@ -31,14 +32,9 @@ from idm_fast.engine.memory import OutOfMemory
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.philox_normal.torch_backend import philox_normal
 from idm_fast.kernels.sampler_update.rows import clamped, coefficients, limited, prediction
-from idm_fast.models.unet import UNet
 from idm_fast.ops import OPS
 
 CPU = torch.device("cpu")
-TINY = UNetConfig(
-    image_size=16, model_channels=16, channel_mult=(1, 2), num_res_blocks=(1, 1), cond_channels=3, norm_groups=4,
-    num_head_channels=16, unshuffle=2, residual=True, embed_channels=32,
-)  # fmt: skip
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")  # what makes the host wait
 
 
@@ -176,32 +172,9 @@ def update_on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def _network(config: UNetConfig = TINY, seed: int = 0) -> UNet:
-    torch.manual_seed(seed)
-    unet = UNet(config).eval()
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.xavier_normal_(parameter)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    return unet
-
-
-def _table(steps: int = 3, solver: str = "dpmpp_2m") -> SamplerTable:
-    diffusion = preset("idm-128").diffusion
-    return build_table(Schedule.from_config(diffusion), diffusion.prediction, solver, steps, clamp=1.0)
-
-
-def _inputs(batch: int = 1, seed: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    seeds = torch.arange(seed, seed + batch)
-    cond = torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return initial_noise(seeds, (batch, 3, 16, 16), "cpu"), seeds, cond
-
-
 def _compile(arena: Arena | None = None, batch: int = 1, table: SamplerTable | None = None, **options: Any) -> Engine:
     made = EngineOptions(backend="torch", arena=arena, **options)
-    return Engine.compile(_network(), (batch, 16, 16), table or _table(), dtype="fp32", options=made)
+    return Engine.compile(tiny_network(), (batch, 16, 16), table or tiny_table(), dtype="fp32", options=made)
 
 
 @pytest.fixture
@@ -217,11 +190,11 @@ def arena(runtime: FakeRuntime) -> Arena:
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "ddpm"])
 @pytest.mark.parametrize("cache_every", [1, 2])
 def test_a_walk_is_one_graph_and_equals_the_calls(arena: Arena, solver: str, cache_every: int) -> None:
-    table = _table(4, solver)
+    table = tiny_table(4, solver)
     eager = _compile(table=table, cache_every=cache_every)
     made = _compile(arena, table=table, cache_every=cache_every)
     for seed in (5, 6):
-        inputs = _inputs(seed=seed)
+        inputs = tiny_inputs(seed=seed)
         expected = eager.run(*inputs)
         assert torch.equal(made.run(*inputs), expected)
         assert torch.equal(made.run(*inputs), expected)
@@ -231,16 +204,18 @@ def test_a_walk_is_one_graph_and_equals_the_calls(arena: Arena, solver: str, cac
 
 
 def test_another_table_of_as_many_steps_and_other_weights_need_no_capture(arena: Arena) -> None:
-    made, inputs = _compile(arena), _inputs()
+    made, inputs = _compile(arena), tiny_inputs()
     made.run(*inputs)
-    other = _table(3, "ddpm")
+    other = tiny_table(3, "ddpm")
     made.use_table(other)
     assert torch.equal(made.run(*inputs), _compile(table=other).run(*inputs))
-    made.swap_weights(_network(seed=1))
-    fresh = Engine.compile(_network(seed=1), (1, 16, 16), other, dtype="fp32", options=EngineOptions(backend="torch"))
+    made.swap_weights(tiny_network(seed=1))
+    fresh = Engine.compile(
+        tiny_network(seed=1), (1, 16, 16), other, dtype="fp32", options=EngineOptions(backend="torch")
+    )
     assert torch.equal(made.run(*inputs), fresh.run(*inputs))
     assert arena.graphs.captures == 1
-    short = _table(2)
+    short = tiny_table(2)
     for each in (made, fresh):
         each.use_table(short)
     assert torch.equal(made.run(*inputs), fresh.run(*inputs))
@@ -251,7 +226,7 @@ def test_another_table_of_as_many_steps_and_other_weights_need_no_capture(arena:
 
 
 def test_a_callback_and_single_steps_replay_a_graph_of_one_step(arena: Arena) -> None:
-    eager, made, inputs = _compile(), _compile(arena), _inputs()
+    eager, made, inputs = _compile(), _compile(arena), tiny_inputs()
     seen: list[list[Tensor]] = [[], []]
     for each, kept in zip((eager, made), seen, strict=True):
         each.run(*inputs, callback=lambda e, x, x0, kept=kept: kept.extend((x.clone(), x0.clone())))
@@ -267,28 +242,44 @@ def test_a_callback_and_single_steps_replay_a_graph_of_one_step(arena: Arena) ->
     assert arena.graphs.captures == 3
 
 
+@pytest.mark.parametrize("cache_every", [1, 2])
+def test_a_guided_walk_replays_steps_and_equals_the_calls(arena: Arena, cache_every: int) -> None:
+    """The gradient may ask the host what it likes: it runs between two replays."""
+    eager = _compile(table=tiny_table(5), cache_every=cache_every)
+    made = _compile(arena, table=tiny_table(5), cache_every=cache_every)
+    inputs, results = tiny_inputs(), []
+    for each in (eager, made, made):
+        guidance = Guidance(lambda x0: (x0 - 0.3) * float(x0.mean() < 9), 0.5, (0.2, 1.0), 2)
+        results.append(each.run(*inputs, guidance=guidance))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[1], results[2])
+    assert not torch.equal(results[0], eager.run(*inputs))
+    assert arena.graphs.captures == (2 if cache_every == 1 else 3)
+    assert torch.equal(made.run(*inputs), eager.run(*inputs))
+
+
 @pytest.mark.parametrize("cache_every", [1, 3])
 def test_a_walk_too_large_for_one_graph_replays_its_steps(
     arena: Arena, monkeypatch: pytest.MonkeyPatch, cache_every: int
 ) -> None:
-    eager, inputs = _compile(table=_table(7), cache_every=cache_every), _inputs()
+    eager, inputs = _compile(table=tiny_table(7), cache_every=cache_every), tiny_inputs()
     monkeypatch.setattr(graph, "MOST_CALLS", 3 * eager.launches)
-    made = _compile(arena, table=_table(7), cache_every=cache_every)
+    made = _compile(arena, table=tiny_table(7), cache_every=cache_every)
     assert torch.equal(made.run(*inputs), eager.run(*inputs))
     assert arena.graphs.captures == (2 if cache_every == 1 else 3)
-    made.use_table(_table(3))
-    eager.use_table(_table(3))
+    made.use_table(tiny_table(3))
+    eager.use_table(tiny_table(3))
     assert torch.equal(made.run(*inputs), eager.run(*inputs))
 
 
 def test_the_option_off_captures_nothing(arena: Arena, runtime: FakeRuntime) -> None:
-    inputs = _inputs()
+    inputs = tiny_inputs()
     assert torch.equal(_compile(arena, graph=False).run(*inputs), _compile().run(*inputs))
     assert runtime.warm_ups == arena.graphs.captures == 0
 
 
 def test_a_graph_of_another_setting_is_refused(arena: Arena, runtime: FakeRuntime) -> None:
-    made, inputs = _compile(arena), _inputs()
+    made, inputs = _compile(arena), tiny_inputs()
     expected = made.run(*inputs)
     runtime.set["tf32"] = True
     with pytest.raises(IdmFastError, match=r"tf32 must be as when the graph was captured = False, got True"):
@@ -307,14 +298,14 @@ def test_a_graph_of_another_setting_is_refused(arena: Arena, runtime: FakeRuntim
 def test_the_graph_not_used_for_longest_goes(arena: Arena, runtime: FakeRuntime) -> None:
     arena.graphs.limit = 1200  # the pool and two graphs
     engines = [_compile(arena, batch) for batch in (3, 2, 1)]
-    expected = [_compile(batch=batch).run(*_inputs(batch)) for batch in (3, 2, 1)]
+    expected = [_compile(batch=batch).run(*tiny_inputs(batch)) for batch in (3, 2, 1)]
     for which in (0, 1, 0, 2, 0, 1, 2):
-        assert torch.equal(engines[which].run(*_inputs(3 - which)), expected[which])
+        assert torch.equal(engines[which].run(*tiny_inputs(3 - which)), expected[which])
         assert runtime.alive <= 2
     assert arena.graphs.captures == 5  # 0, 1, 2 in the place of 1, then 1 and 2 anew
     arena.graphs.limit = 0  # the one in use stays
-    assert torch.equal(engines[0].run(*_inputs(3)), expected[0])
-    assert torch.equal(engines[0].run(*_inputs(3)), expected[0])
+    assert torch.equal(engines[0].run(*tiny_inputs(3)), expected[0])
+    assert torch.equal(engines[0].run(*tiny_inputs(3)), expected[0])
     assert runtime.alive == 1
     del engines
     gc.collect()
@@ -324,7 +315,7 @@ def test_the_graph_not_used_for_longest_goes(arena: Arena, runtime: FakeRuntime)
 def test_many_pictures_do_not_grow_it(arena: Arena, runtime: FakeRuntime) -> None:
     made, sizes = _compile(arena), set()
     for seed in range(6):
-        made.run(*_inputs(seed=seed))
+        made.run(*tiny_inputs(seed=seed))
         sizes.add(made.memory())
     assert len(sizes) == 1
     assert runtime.warm_ups == len(runtime.live) == 1
@@ -332,14 +323,14 @@ def test_many_pictures_do_not_grow_it(arena: Arena, runtime: FakeRuntime) -> Non
 
 def test_memory_that_runs_out(arena: Arena, runtime: FakeRuntime) -> None:
     """Once: without the other graphs. Twice: a clear error, and the engine still works when there is some again."""
-    first, second, inputs = _compile(arena, 2), _compile(arena), _inputs()
+    first, second, inputs = _compile(arena, 2), _compile(arena), tiny_inputs()
     expected = _compile().run(*inputs)
-    first.run(*_inputs(2))
+    first.run(*tiny_inputs(2))
     runtime.exhausted = 1
     assert torch.equal(second.run(*inputs), expected)
     assert runtime.alive == 1
     second.release_graphs()
-    first.run(*_inputs(2))
+    first.run(*tiny_inputs(2))
     runtime.exhausted = 2
     with pytest.raises(OutOfMemory, match=r"must hold 1 images of 16 x 16, got: Tried to allocate 2.00 GiB, of which"):
         second.run(*inputs)
@@ -348,7 +339,7 @@ def test_memory_that_runs_out(arena: Arena, runtime: FakeRuntime) -> None:
 
 def test_what_the_host_reads_cannot_be_captured(arena: Arena, runtime: FakeRuntime) -> None:
     """An operation that waits for the device is an error and no wrong graph; the engine works without it."""
-    made, inputs = _compile(arena), _inputs()
+    made, inputs = _compile(arena), tiny_inputs()
     calls = made._plan._step
     calls.insert(0, lambda: made._tables.step.item())
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
@@ -361,13 +352,13 @@ def test_what_the_host_reads_cannot_be_captured(arena: Arena, runtime: FakeRunti
 def test_two_engines_in_three_threads(runtime: FakeRuntime, shared: bool) -> None:
     arenas = [Arena(CPU, runtime)] * 2 if shared else [Arena(CPU, runtime), Arena(CPU, FakeRuntime())]
     engines = [_compile(each) for each in arenas]
-    expected = [_compile().run(*_inputs(seed=seed)) for seed in (5, 6)]
+    expected = [_compile().run(*tiny_inputs(seed=seed)) for seed in (5, 6)]
     wrong: list[object] = []
 
     def walk(index: int) -> None:
         try:
             for _ in range(4):
-                if not torch.equal(engines[index].run(*_inputs(seed=5 + index)), expected[index]):
+                if not torch.equal(engines[index].run(*tiny_inputs(seed=5 + index)), expected[index]):
                     wrong.append(index)
         except Exception as error:
             wrong.append(error)
@@ -383,10 +374,10 @@ def test_two_engines_in_three_threads(runtime: FakeRuntime, shared: bool) -> Non
 def test_batches_go_in_buckets_of_one_pool(arena: Arena) -> None:
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
     config = ModelConfig("tiny", TINY, DiffusionConfig("cosine_continuous", "x0"), steps=2)
-    plain, made = (CropRestorer(config, _network(), CPU, "fp32", "torch") for _ in range(2))
+    plain, made = (CropRestorer(config, tiny_network(), CPU, "fp32", "torch") for _ in range(2))
     made._arena = arena
     for count in (4, 3, 1, 2, 3):
-        _, seeds, y = _inputs(count)
+        _, seeds, y = tiny_inputs(count)
         expected = plain.restore(y, seeds, SampleSettings())
         assert (made.restore(y, seeds, SampleSettings()) - expected).abs().max() < 1e-5
     assert arena.graphs.captures == 3

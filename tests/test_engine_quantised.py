@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_engine import TINY, tiny_inputs, tiny_network, tiny_table
 from torch import Tensor
 
 from idm_fast.checkpoints import native
 from idm_fast.config import UNetConfig, preset
 from idm_fast.crops import CropRestorer
-from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise
+from idm_fast.diffusion import Schedule, build_table, initial_noise
 from idm_fast.engine import Engine, EngineOptions, precision
 from idm_fast.engine.lossy import TIERS
 from idm_fast.engine.lower import lower
@@ -24,41 +25,16 @@ from idm_fast.models.unet import UNet
 from idm_fast.ops import OPS
 from idm_fast.registry import WEIGHTS
 
-TINY = UNetConfig(
-    image_size=16, model_channels=16, channel_mult=(1, 2), num_res_blocks=(1, 1), cond_channels=3, norm_groups=4,
-    num_head_channels=16, unshuffle=2, residual=True, embed_channels=32, use_scale_shift_norm=True,
-)  # fmt: skip
-
-
-def _network(config: UNetConfig = TINY, seed: int = 0) -> UNet:
-    torch.manual_seed(seed)
-    unet = UNet(config).eval()
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.xavier_normal_(parameter)
-            else:
-                parameter.uniform_(0.5, 1.5)
-    return unet
-
-
-def _table(steps: int = 2) -> SamplerTable:
-    """Without a clamp, on which most of what random weights give would lie."""
-    diffusion = preset("idm-128").diffusion
-    return build_table(Schedule.from_config(diffusion), diffusion.prediction, "ddim", steps)
-
-
-def _inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    seeds = torch.arange(5, 5 + batch)
-    cond = torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return initial_noise(seeds, (batch, 3, 16, 16), "cpu"), seeds, cond
+SCALED = replace(TINY, use_scale_shift_norm=True)
 
 
 def _compile(
-    dtype: str, backend: str | None = None, batch: int = 1, config: UNetConfig = TINY, steps: int = 2
+    dtype: str, backend: str | None = None, batch: int = 1, config: UNetConfig = SCALED, steps: int = 2
 ) -> Engine:
     options = EngineOptions(backend=backend)
-    return Engine.compile(_network(config), (batch, 16, 16), _table(steps), dtype=dtype, options=options)
+    return Engine.compile(
+        tiny_network(config), (batch, 16, 16), tiny_table(steps, "ddim", None), dtype=dtype, options=options
+    )
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
@@ -97,13 +73,13 @@ def exact_between(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("exact_between")
-@pytest.mark.parametrize("config", [TINY, replace(TINY, use_scale_shift_norm=False)], ids=["scale-shift", "add"])
+@pytest.mark.parametrize("config", [SCALED, TINY], ids=["scale-shift", "add"])
 def test_fp8_is_the_same_on_torch_and_by_the_judge(config: UNetConfig) -> None:
-    inputs = _inputs(2)
+    inputs = tiny_inputs(2)
     found = {name: _compile("fp8", name, batch=2, config=config) for name in ("torch", "reference")}
     results = {name: made.run(*inputs) for name, made in found.items()}
     assert Counter(node.op for node in found["torch"].nodes)["conv2d_fp8"] == 17
-    exact = Engine.compile(_network(config), (2, 16, 16), _table(), dtype="fp32").run(*inputs)
+    exact = Engine.compile(tiny_network(config), (2, 16, 16), tiny_table(2, "ddim", None), dtype="fp32").run(*inputs)
     assert 0 < (results["reference"] - exact).square().mean().sqrt() < 0.05
     torch.testing.assert_close(results["torch"], results["reference"], rtol=0, atol=1e-4)
     assert torch.equal(found["torch"].run(*inputs), results["torch"])
@@ -115,7 +91,7 @@ def test_fp8_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["conv2d_fp8"]
     if op.why_not("triton", torch.device("cpu"), torch.float32) is not None:
         pytest.skip(str(op.why_not("triton", torch.device("cpu"), torch.float32)))
-    inputs, expected = _inputs(), _compile("fp8", "torch", steps=1)
+    inputs, expected = tiny_inputs(), _compile("fp8", "torch", steps=1)
     with monkeypatch.context() as only, op.substituted(op.backends["torch"]):
         only.setattr(op, "backends", {"triton": op.backends["triton"]})
         made = _compile("fp8", "torch,triton", steps=1)
@@ -124,13 +100,15 @@ def test_fp8_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fp8_weights_are_swapped_in_place() -> None:
-    made, inputs = _compile("fp8", "torch"), _inputs()
+    made, inputs = _compile("fp8", "torch"), tiny_inputs()
     before = made.run(*inputs)
-    made.swap_weights(_network(seed=1))
+    made.swap_weights(tiny_network(SCALED, 1))
     options = EngineOptions(backend="torch")
-    fresh = Engine.compile(_network(seed=1), (1, 16, 16), _table(), dtype="fp8", options=options)
+    fresh = Engine.compile(
+        tiny_network(SCALED, 1), (1, 16, 16), tiny_table(2, "ddim", None), dtype="fp8", options=options
+    )
     assert torch.equal(made.run(*inputs), fresh.run(*inputs))
-    made.swap_weights(_network())
+    made.swap_weights(tiny_network(SCALED))
     assert torch.equal(made.run(*inputs), before)
 
 
@@ -185,6 +163,6 @@ def test_where_the_tiers_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_without_the_engine_there_are_none(tier: str) -> None:
-    config = replace(preset("idm-128"), unet=TINY)
+    config = replace(preset("idm-128"), unet=SCALED)
     with pytest.raises(IdmFastError, match=f"without the engine, got {tier}"):
-        CropRestorer(config, _network(), torch.device("cpu"), tier, "torch", engine=False)
+        CropRestorer(config, tiny_network(SCALED), torch.device("cpu"), tier, "torch", engine=False)

@@ -5,9 +5,11 @@ spacing.py           which times a sampler visits, respaced chains
 parameterisation.py  eps | v | x0
 samplers/            one file a solver, and ``build_table``
 table.py             SamplerTable: all a run needs, known before it starts
+guidance.py          the estimate moved against a gradient, between the steps
 loop.py              sample: network, fused update, network, fused update, ...
 """
 
+from idm_fast.diffusion.guidance import Guidance, gradient_of, low_frequencies
 from idm_fast.diffusion.loop import initial_noise, noised_start, sample
 from idm_fast.diffusion.parameterisation import PARAMETERISATIONS, Parameterisation
 from idm_fast.diffusion.samplers import SOLVERS, VARIANCES, Variance, build_table
@@ -20,13 +22,16 @@ __all__ = [
     "SOLVERS",
     "SPACINGS",
     "VARIANCES",
+    "Guidance",
     "Parameterisation",
     "SamplerTable",
     "Schedule",
     "Spacing",
     "Variance",
     "build_table",
+    "gradient_of",
     "initial_noise",
+    "low_frequencies",
     "noised_start",
     "respace",
     "sample",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from idm_fast.diffusion.guidance import Guidance
 from idm_fast.diffusion.table import COLUMNS, SamplerTable
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.philox_normal import philox_normal
@@ -25,6 +26,7 @@ def sample(
     seeds: Tensor,  # [N] int64
     *,
     callback: Callback | None = None,
+    guidance: Guidance | None = None,
     network_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Walks ``table`` from ``x`` and returns the restored images: float32 [N, C, H, W], channels_last.
@@ -35,6 +37,7 @@ def sample(
     - ``x``: what the walk begins with (``initial_noise`` or ``noised_start``), on any layout; it is not changed.
     - ``seeds``: one per image. An image's noise depends on its own seed only, so a batch equals its singles.
     - ``callback(e, x, x0_hat)`` after evaluation e; both tensors are reused, copy what is to be kept.
+    - ``guidance`` moves x0_hat at the evaluations that it chooses, before the callback.
 
     Errors: ``IdmFastError`` for a wrong x or seeds; the kernel's ``ContractError`` for a wrong network output.
     """
@@ -47,6 +50,7 @@ def sample(
     if network_dtype not in (None, torch.float32):
         network_input = x.to(network_dtype, memory_format=torch.channels_last)
     rows, times = table.float32(x.device), table.times(x.shape[0], x.device)
+    steer = None if guidance is None else guidance.begin(table)
     for e in range(table.evaluations):
         out, spread = _halves(denoise(x if network_input is None else network_input, times[e]), x.shape[1])
         if table.learned_variance:
@@ -55,6 +59,8 @@ def sample(
                 raise IdmFastError(f"sample: network output must have {expected}, got {out.shape[1]}")
             spread_noise(history, spread, seeds, e, rows[e, COLUMNS.index("spread")])
         sampler_update(x, out, history, rows, e, seeds, network_input=network_input)
+        if steer is not None and steer(e, x, history) and network_input is not None:
+            network_input.copy_(x)
         if callback is not None:
             callback(e, x, history)
     return x

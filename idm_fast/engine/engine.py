@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from idm_fast.diffusion import SamplerTable
+from idm_fast.diffusion import Guidance, SamplerTable
 from idm_fast.engine.autotune import Autotuner, Policy
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.graph import GraphLoop
@@ -145,24 +145,40 @@ class Engine:
         return len(self._plan.step_calls)
 
     @shielded
-    def run(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None, callback: Callback | None = None) -> Tensor:
+    def run(
+        self,
+        start: Tensor,
+        seeds: Tensor,
+        cond: Tensor | None = None,
+        callback: Callback | None = None,
+        guidance: Guidance | None = None,
+    ) -> Tensor:
         """Walks the table from ``start`` [N, C, H, W] and returns the images: float32, channels_last.
 
         As ``diffusion.sample`` with the network in place: ``seeds`` int64 [N], ``cond`` [N, Cc, H, W] float32;
-        ``callback(e, x, x0_hat)`` after evaluation e, of tensors that are used again; it must not use the engine.
+        ``callback(e, x, x0_hat)`` after evaluation e, of tensors that are used again; neither it nor ``guidance``,
+        which runs on the host between two steps, may use the engine. With either a GPU replays single steps.
         """
         with self.arena.turn():
-            whole = self._tables.evaluations if callback is None else None
-            self._begin(start, seeds, cond, whole)
-            if callback is None:
-                self._loop.walk(self._tables.evaluations)
-            else:
+            steps = callback is not None or guidance is not None
+            self._begin(start, seeds, cond, None if steps else self._tables.evaluations)
+            if steps:
                 self._loop.setup()
-                for e in range(self._tables.evaluations):
-                    self._loop.step(e)
-                    with self.arena.interrupted():
-                        callback(e, self._plan.x, self._plan.history)
+                self._guided(callback, guidance)
+            else:
+                self._loop.walk(self._tables.evaluations)
             return self._plan.x.clone()
+
+    def _guided(self, callback: Callback | None, guidance: Guidance | None) -> None:
+        plan = self._plan
+        steer = None if guidance is None else guidance.begin(self._table)
+        for e in range(self._tables.evaluations):
+            self._loop.step(e)
+            with self.arena.interrupted():
+                if steer is not None and steer(e, plan.x, plan.history):
+                    plan.enter()
+                if callback is not None:
+                    callback(e, plan.x, plan.history)
 
     @shielded
     def load(self, start: Tensor, seeds: Tensor, cond: Tensor | None = None) -> None:

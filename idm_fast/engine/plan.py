@@ -61,6 +61,10 @@ class Plan:
         for call in self._setup:
             call()
 
+    def enter(self) -> None:
+        """The network's next input, anew from x: somebody has changed it between two steps."""
+        self.setup_calls[0].call()
+
     def step(self, reuse: bool = False) -> None:
         """``reuse``: without the inner levels, whose last result is still there."""
         for call in self._outer if reuse else self._step:
