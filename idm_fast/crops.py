@@ -24,7 +24,7 @@ from idm_fast.engine.engine import Callback
 from idm_fast.engine.lossy import check_reuse
 from idm_fast.engine.memory import OutOfMemory
 from idm_fast.engine.precision import chosen_dtype
-from idm_fast.engine.weights import PackedWeights
+from idm_fast.engine.weights import PackedWeights, check_held
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, forced_backends, use_backend
 from idm_fast.models.unet import UNet
@@ -85,6 +85,7 @@ class CropRestorer:
     ) -> None:
         self.config, self.device, self.backend, self.cache_every = config, device, backend, cache_every
         self.dtype, self.quantised = chosen_dtype(dtype, device, backend)
+        check_held("CropRestorer", module.state_dict())
         check_reuse(config.unet, cache_every)
         self.size = config.unet.image_size
         self.module = module.eval()
@@ -172,6 +173,8 @@ class CropRestorer:
             raise IdmFastError(
                 f"restore: y must be a float [N, 3, {self.size}, {self.size}], got {y.dtype} {list(y.shape)}"
             )
+        if not len(y):
+            raise IdmFastError(f"restore: y must hold at least one crop, got {list(y.shape)}")
         if not torch.isfinite(y).all():
             raise IdmFastError("restore: y must be finite, got nan or inf")
         settings = settings.resolved(self.config)

@@ -153,6 +153,7 @@ def test_progress_counts_evaluations() -> None:
         (torch.zeros(1, 1, 32, 32), r"y must be a float \[N, 3, 32, 32\]"),
         (torch.zeros(3, 32, 32), r"y must be a float \[N, 3, 32, 32\]"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "got torch.uint8"),
+        (torch.zeros(0, 3, 32, 32), r"y must hold at least one crop, got \[0, 3, 32, 32\]"),
         (torch.full((1, 3, 32, 32), torch.nan), "y must be finite, got nan or inf"),
     ],
 )

@@ -303,6 +303,10 @@ def test_what_it_refuses() -> None:
     for dtype, network, message in (("fp32", module, "float32 on cpu, got .*bfloat16"), ("bf16", other, "of another")):
         with pytest.raises(IdmFastError, match=f"weights must be of the model's configuration in .*{message}"):
             Engine.compile(network, (1, 16, 16), table, dtype=dtype, options=shared)
+    with pytest.raises(IdmFastError, match=r"Engine: model must have .*, got .*weight on the meta device"):
+        Engine.compile(UNet(TINY).to("meta"), (1, 16, 16), table)
+    with pytest.raises(IdmFastError, match=r"swap_weights: model must have .* on the meta device"):
+        engine.swap_weights(UNet(TINY).to("meta"))
     x, seeds, cond = _inputs(TINY, 1, 16)
     with pytest.raises(IdmFastError, match="start must be float"):
         engine.run(x[:, :, :8], seeds, cond)

@@ -56,7 +56,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes held by an engine; ``weights``, ``graph_pool``, and all of ``workspace`` but its tables, may be shared."""
+    """Bytes held by an engine; ``weights``, ``graph_pool``, and all of ``workspace`` but its tables, may be shared.
+
+    ``weights`` of a CPU are there twice, packed for its instructions and in their own order, from which other back ends
+    run and a swap packs anew; the model that was compiled is not counted.
+    """
 
     weights: int
     workspace: int

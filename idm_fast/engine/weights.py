@@ -32,6 +32,7 @@ class PackedWeights:
         self.config: Any = model.config  # of the network's kind
         self.dtype, self.device = dtype, device
         self._state: State = dict(model.state_dict())
+        check_held("Engine", self._state)
         self._made: dict[object, tuple[Recipe, tuple[Tensor, ...]]] = {}
         self._lock = Lock()
         self.range_checked = -1  # the version whose float16 values are known to fit
@@ -81,6 +82,7 @@ class PackedWeights:
         Raises ``IdmFastError``, with nothing changed, for a network of another shape.
         """
         new: State = dict(model.state_dict())
+        check_held("swap_weights", new)
         shapes = {name: tuple(tensor.shape) for name, tensor in new.items()}
         for name, tensor in self._state.items():
             if shapes.get(name) != tuple(tensor.shape):
@@ -102,6 +104,13 @@ class PackedWeights:
         # Not inference tensors, even under inference mode: swapping writes them, and packing counts their versions.
         with torch.inference_mode(False), torch.no_grad():
             return tuple(tensor.detach().to(self.device, copy=True) for tensor in recipe(state))
+
+
+def check_held(where: str, state: State) -> None:
+    """Raises ``IdmFastError`` for a network that has shapes and no weights."""
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise IdmFastError(f"{where}: model must have its weights in memory, got {name} on the meta device")
 
 
 def _formed(state: State, weight: Weight) -> Tensor:
