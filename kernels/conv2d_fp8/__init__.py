@@ -8,13 +8,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from idm_fast.kernels import check
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import Shape, check_bound, position_limit, stats_room
+from idm_fast.kernels.conv2d.contract import check_bound, position_limit, stats_room
 from idm_fast.kernels.conv2d_fp8.quantise import NAME
 from idm_fast.kernels.conv2d_fp8.quantise import activation_scale as activation_scale
 from idm_fast.kernels.conv2d_fp8.quantise import quantise_weight as quantise_weight
-from idm_fast.kernels.conv2d_int8.contract import Arguments, check_arguments
+from idm_fast.kernels.conv2d_int8.contract import Contract
 from idm_fast.kernels.dispatch import ANY_FLOAT, FLOATS, Backend, Op
 from idm_fast.kernels.interpreter import triton_condition
 
@@ -86,25 +85,9 @@ def bind_conv2d_fp8(x: Tensor, weight: Tensor, *tensors: Tensor, **options: Any)
     return OP.bind(x.device, x.dtype, *arguments)
 
 
-def _checked(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None = None, *,
-    stride: int = 1, upsample: bool = False, skip: Tensor | None = None, coefficients: Tensor | None = None,
-    silu: bool = False, time_shift: Tensor | None = None, residual: Tensor | None = None, with_stats: bool = False,
-    out: Tensor | None = None, out_stats: ChannelStats | None = None,
-) -> tuple[Arguments, Shape]:  # fmt: skip
-    """The options in the order of a backend, and the shape of the result."""
-    arguments: Arguments = (
-        x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu, time_shift, residual,
-        with_stats, out, out_stats,
-    )  # fmt: skip
-    shape = check_arguments(NAME, torch.float8_e4m3fn, 1, arguments)
-    if activation.device.type == "cpu":
-        for (step,) in activation.tolist():
-            if not 1e-37 < step < 1e37:
-                check.fail(NAME, "activation", "a finite factor", "above 0", step)
-    if x.shape[0] == 0:
-        check.fail(NAME, "x", "of at least one sample", "N >= 1", list(x.shape))
-    return arguments, shape
+_checked = Contract(
+    NAME, torch.float8_e4m3fn, 1, lambda row: 1e-37 < row[0] < 1e37, ("a finite factor", "above 0")
+).checked
 
 
 def _gpu_limits(

@@ -8,10 +8,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from idm_fast.kernels import check
 from idm_fast.kernels.channel_stats import ChannelStats
-from idm_fast.kernels.conv2d.contract import Shape, check_bound, stats_room
-from idm_fast.kernels.conv2d_int8.contract import Arguments, check_arguments
+from idm_fast.kernels.conv2d.contract import check_bound, stats_room
+from idm_fast.kernels.conv2d_int8.contract import Contract
 from idm_fast.kernels.conv2d_int8.quantise import NAME
 from idm_fast.kernels.conv2d_int8.quantise import activation_scale as activation_scale
 from idm_fast.kernels.conv2d_int8.quantise import quantise_weight as quantise_weight
@@ -86,26 +85,14 @@ def bind_conv2d_int8(x: Tensor, weight: Tensor, *tensors: Tensor, **options: Any
     return OP.bind(x.device, x.dtype, *arguments)
 
 
-def _checked(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None = None, *,
-    stride: int = 1, upsample: bool = False, skip: Tensor | None = None, coefficients: Tensor | None = None,
-    silu: bool = False, time_shift: Tensor | None = None, residual: Tensor | None = None, with_stats: bool = False,
-    out: Tensor | None = None, out_stats: ChannelStats | None = None,
-) -> tuple[Arguments, Shape]:  # fmt: skip
-    """The options in the order of a backend, and the shape of the result."""
-    arguments: Arguments = (
-        x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu, time_shift, residual,
-        with_stats, out, out_stats,
-    )  # fmt: skip
-    shape = check_arguments(NAME, torch.int8, 2, arguments)
-    if activation.device.type == "cpu":
-        for step, zero in activation.tolist():
-            if not (1e-37 < step < 1e37 and 0 <= zero <= 255 and zero == int(zero)):
-                contract = "a step above 0 and a whole zero point in 0..255"
-                check.fail(NAME, "activation", contract, "(step, zero point)", (step, zero))
-    if x.shape[0] == 0:
-        check.fail(NAME, "x", "of at least one sample", "N >= 1", list(x.shape))
-    return arguments, shape
+def _is_step(row: tuple[float, ...]) -> bool:
+    step, zero = row
+    return 1e-37 < step < 1e37 and 0 <= zero <= 255 and zero == int(zero)
+
+
+_checked = Contract(
+    NAME, torch.int8, 2, _is_step, ("a step above 0 and a whole zero point in 0..255", "(step, zero point)")
+).checked
 
 
 OP = Op(

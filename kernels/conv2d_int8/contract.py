@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,37 @@ Arguments = tuple[
     Tensor | None, bool, Tensor | None, ChannelStats | None,
 ]  # fmt: skip
 LONGEST_SUM = 66000  # products of 255 * 127 that int32 holds
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Of the operation ``op``: the type of its weight, and a row of ``activation``: how many numbers, which are allowed
+    (``is_step``), and in words (contract, expected)."""
+
+    op: str
+    weight: torch.dtype
+    columns: int
+    is_step: Callable[[tuple[float, ...]], bool]
+    words: tuple[str, str]
+
+    def checked(
+        self, x: Tensor, weight: Tensor, weight_scale: Tensor, activation: Tensor, bias: Tensor | None = None, *,
+        stride: int = 1, upsample: bool = False, skip: Tensor | None = None, coefficients: Tensor | None = None,
+        silu: bool = False, time_shift: Tensor | None = None, residual: Tensor | None = None,
+        with_stats: bool = False, out: Tensor | None = None, out_stats: ChannelStats | None = None,
+    ) -> tuple[Arguments, Shape]:  # fmt: skip
+        """The options of the public function in the order of a backend, and the shape of the result."""
+        arguments: Arguments = (
+            x, weight, weight_scale, activation, bias, stride, upsample, skip, coefficients, silu, time_shift,
+            residual, with_stats, out, out_stats,
+        )  # fmt: skip
+        shape = check_arguments(self.op, self.weight, self.columns, arguments)
+        for row in activation.tolist() if activation.device.type == "cpu" else ():
+            if not self.is_step(row):
+                check.fail(self.op, "activation", *self.words, row[0] if len(row) == 1 else tuple(row))
+        if x.shape[0] == 0:
+            check.fail(self.op, "x", "of at least one sample", "N >= 1", list(x.shape))
+        return arguments, shape
 
 
 def check_arguments(op: str, weight_dtype: torch.dtype, columns: int, arguments: Arguments) -> Shape:
