@@ -7,6 +7,7 @@ Source: "Projected GANs Converge Faster", NeurIPS 2021 (arXiv 2111.01007), witho
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -29,18 +30,12 @@ def _head(channels: int) -> nn.Sequential:
     )
 
 
-class Critic(nn.Module):
-    """One head a feature map; a logit a position, above 0 for "real"."""
+class Judge(nn.Module, ABC):
+    """Tells made pictures from real ones by the hinge loss; a logit a position, above 0 for "real"."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList([_head(channels) for channels, _ in _MAPS])
-
+    @abstractmethod
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Logits [N, 1, H_l, W_l] of the four coarser of VGG16's five ``maps``."""
-        return [
-            head(features.float() / size) for head, features, (_, size) in zip(self.heads, maps[1:], _MAPS, strict=True)
-        ]
+        """Logits [N, 1, h, w] of what it looks at: feature maps, or the pictures themselves."""
 
     def persuade(self, fake: Sequence[Tensor]) -> Tensor:
         """What the restorer minimises: minus the mean logit of its faces; no gradient reaches the critic."""
@@ -54,3 +49,17 @@ class Critic(nn.Module):
         count = len(real[0])
         both = self([torch.cat([a.detach(), b.detach()]) for a, b in zip(real, fake, strict=True)])
         return torch.stack([F.relu(1 - x[:count]).mean() + F.relu(1 + x[count:]).mean() for x in both]).mean()
+
+
+class Critic(Judge):
+    """One head a feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([_head(channels) for channels, _ in _MAPS])
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Logits [N, 1, H_l, W_l] of the four coarser of VGG16's five ``maps``."""
+        return [
+            head(features.float() / size) for head, features, (_, size) in zip(self.heads, maps[1:], _MAPS, strict=True)
+        ]

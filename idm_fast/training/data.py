@@ -97,8 +97,8 @@ def to_tensor(rgb: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(rgb, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-class FacePairs(Dataset[tuple[Tensor, Tensor]]):
-    """(x0, y), both [3, size, size] in [-1, 1], for positions ``0 .. length - 1`` of a run.
+class Faces:
+    """x0 [3, size, size] in [-1, 1] for positions ``0 .. length - 1`` of a run.
 
     Pictures come in a new random order every epoch; each is flipped half of the time and shifted, turned and
     zoomed a little (``jitter``, a fraction of the side), since a detector never frames a face twice alike. An
@@ -144,14 +144,14 @@ class FacePairs(Dataset[tuple[Tensor, Tensor]]):
                     tqdm.write(f"{error}; left out", file=sys.stderr)
         raise IdmFastError(f"{self.faces[0].path.parent}: none of the {len(self.faces)} pictures can be read")
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+    def face(self, position: int) -> tuple[Tensor, np.random.Generator]:
+        """x0, and what is random of this position from here on."""
         epoch, place = divmod(position, len(self.faces))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.faces))
         rng = np.random.default_rng((self.seed, 2, position))
-        x0 = self._crop(self._readable(place), rng)
-        return x0, degrade(x0, rng)
+        return self._crop(self._readable(place), rng), rng
 
     def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
         """Jittered crop. Turning and zooming happen at the source's size, before it shrinks, so nothing goes soft;
@@ -175,3 +175,25 @@ class FacePairs(Dataset[tuple[Tensor, Tensor]]):
             return to_tensor(turned, self.size)
         left, top = margin + shift
         return to_tensor(Image.fromarray(padded[top : top + side, left : left + side]), self.size)
+
+
+class FacePairs(Faces, Dataset[tuple[Tensor, Tensor]]):
+    """(x0, y): a face and its degraded twin, both [3, size, size] in [-1, 1]."""
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        x0, rng = self.face(position)
+        return x0, degrade(x0, rng)
+
+
+class FacePictures(Faces, Dataset[Tensor]):
+    """Faces [3, size, size] in [-1, 1], of which the share ``degraded`` is degraded."""
+
+    def __init__(
+        self, faces: list[FaceFile], size: int, length: int, seed: int, degraded: float, cache_bytes: int
+    ) -> None:
+        super().__init__(faces, size, length, seed, cache_bytes=cache_bytes)
+        self.degraded = degraded
+
+    def __getitem__(self, position: int) -> Tensor:
+        x0, rng = self.face(position)
+        return degrade(x0, rng) if rng.random() < self.degraded else x0

@@ -50,6 +50,16 @@ class Group:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.size
 
+    def add_up(self, values: torch.Tensor) -> None:
+        """``values`` of all processes, summed in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+
+    def broadcast(self, values: torch.Tensor) -> None:
+        """Process 0's ``values``, in place on every process."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+
     def on_main(self, work: Callable[[], None]) -> None:
         """Process 0 does ``work`` while the others wait, however long; where it raises, all of them do."""
         failure: Exception | None = None

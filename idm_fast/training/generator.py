@@ -26,6 +26,7 @@ from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 from idm_fast.generator import Generator
 from idm_fast.kernels import philox_normal
+from idm_fast.models.unet import UNet
 from idm_fast.training.loop import Loop
 from idm_fast.training.pictures import Pictures
 from idm_fast.training.settings import GeneratorSettings, generators
@@ -74,7 +75,7 @@ class DenoisingLoss:
         return (weight * (x0_hat - x0).square().mean(dim=(1, 2, 3))).mean()
 
 
-class GeneratorTrainer(Loop):
+class GeneratorTrainer(Loop[ModelConfig, UNet]):
     """One run: ``GeneratorTrainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
     Raises ``IdmFastError`` before any work for data, settings or a state that do not fit.
@@ -83,7 +84,7 @@ class GeneratorTrainer(Loop):
     def __init__(self, settings: GeneratorSettings) -> None:
         config = generating(settings.preset)
         self.settings = settings
-        super().__init__(settings, config)
+        super().__init__(settings, config, lambda: UNet(config.unet))
         self.pictures = Pictures(settings.data, "train", config.unet.image_size, settings.min_native_px)
         self.loss = DenoisingLoss(config.diffusion, settings.snr_min, settings.snr_max)
         self.resume()

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from idm_fast.config import PRESETS, ModelConfig, preset
+from idm_fast.diffusion.schedule import Schedule
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels import philox_normal
+from idm_fast.models.unet import UNet
 from idm_fast.training import distributed, sheet
 from idm_fast.training.data import FacePairs, list_faces
 from idm_fast.training.ema import Ema
@@ -41,7 +43,7 @@ def trainable(name: str) -> ModelConfig:
     return config
 
 
-class Trainer(Loop):
+class Trainer(Loop[ModelConfig, UNet]):
     """One run: ``Trainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
     ``group``: processes that have joined already and stay together after the run. ``config``: that of the model file,
@@ -55,7 +57,8 @@ class Trainer(Loop):
         trained = trainable(settings.preset)
         self.settings = settings
         self.faces = list_faces(settings.data, "train", settings.min_native_px)
-        super().__init__(settings, config or trained, group)
+        super().__init__(settings, config or trained, lambda: UNet(trained.unet), group)
+        self.schedule = Schedule.from_config(trained.diffusion)
         if settings.init_from is not None and not self.state_file.exists():
             warm_start(self.model, settings.init_from)
             self.ema = Ema(self.model, settings.ema_decay)

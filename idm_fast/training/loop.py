@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -15,9 +16,8 @@ from tqdm import tqdm
 
 from idm_fast.checkpoints import native
 from idm_fast.config import ModelConfig
-from idm_fast.diffusion.schedule import Schedule
+from idm_fast.config_vqgan import VqganConfig
 from idm_fast.errors import IdmFastError
-from idm_fast.models.unet import UNet
 from idm_fast.training import distributed
 from idm_fast.training.ema import Ema
 from idm_fast.training.log import Log
@@ -27,31 +27,41 @@ from idm_fast.training.state import Stateful, load_state, save_state
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Loop(ABC):
-    """A run of ``settings`` that trains the network of ``config``; a subclass says what a step is.
+Config = TypeVar("Config", ModelConfig, VqganConfig)
+Model = TypeVar("Model", bound=nn.Module)
 
-    ``group``: processes that have joined already and stay together after the run. Raises ``IdmFastError`` for an
-    ``out`` that is a file, and for a precision that the device has not got.
+
+class Loop(ABC, Generic[Config, Model]):
+    """A run of ``settings`` that trains the network that ``build`` makes; a subclass says what a step is.
+
+    ``config``: of the model file. ``group``: processes that have joined already and stay together after the run.
+    Raises ``IdmFastError`` for an ``out`` that is a file, and for a precision that the device has not got.
     """
 
-    def __init__(self, settings: RunSettings, config: ModelConfig, group: distributed.Group | None = None) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        config: Config,
+        build: Callable[[], Model],
+        group: distributed.Group | None = None,
+    ) -> None:
         if settings.out.exists() and not settings.out.is_dir():
             raise IdmFastError(f"{settings.out}: must be a folder or a new name, got a file")
-        self._run, self.config = settings, config
+        self._run = settings
+        self.config: Config = config
         self._stays = group is not None
         self.group = group or distributed.join()
         self.device = self.group.device
         if self.device.type == "cpu" and settings.precision == "fp16":
             raise IdmFastError("precision must be fp32 or bf16 on a CPU, got fp16")
         torch.manual_seed(settings.seed)
-        self.model = UNet(config.unet).to(self.device)
+        self.model: Model = build().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.model, settings.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.schedule = Schedule.from_config(config.diffusion)
         self.state_file = settings.out / "state.pt"
         self.step, self.seconds = 0, 0.0
         self.network: nn.Module = self.model
@@ -60,8 +70,11 @@ class Loop(ABC):
         """All that a step changes, by its name in the state file."""
         return {"model": self.model, "ema": self.ema.model, "optimizer": self.optimizer, "scaler": self.scaler}
 
-    def resume(self) -> None:
-        """Goes on from ``out / state.pt`` where it is there, and spreads the network over the group."""
+    def resume(self, network: nn.Module | None = None) -> None:
+        """Goes on from ``out / state.pt`` where it is there, and spreads the network over the group.
+
+        ``network``: a step's own way of calling the model.
+        """
         if self.state_file.exists():
             self.step, self.seconds = load_state(self.state_file, self._run.to_dict(), self.parts(), self.config.name)
         if self.step > self._run.steps:
@@ -71,7 +84,7 @@ class Loop(ABC):
             raise IdmFastError(
                 f"{self.state_file}: every process must read the same state = step {main}, got {self.step}"
             )
-        self.network = self.group.wrap(self.model)
+        self.network = self.group.wrap(network or self.model)
 
     def run(self, budget_minutes: float | None = None) -> None:
         """Trains to ``settings.steps``, or until ``budget_minutes`` have passed (the state is kept: run again).
@@ -106,8 +119,11 @@ class Loop(ABC):
 
     def export(self) -> None:
         """Writes the averaged weights as ``out / model.safetensors`` in fp16."""
-        notes = {"settings": self._run.notes(), "steps": self.step, "hours": round(self.seconds / 3600, 3)}
-        native.save(self._run.out / "model.safetensors", self.ema.model, self.config, notes, torch.float16)
+        native.save(self._run.out / "model.safetensors", self.ema.model, self.config, self._notes(), torch.float16)
+
+    def _notes(self) -> dict[str, Any]:
+        """What the model file says of how it was made."""
+        return {"settings": self._run.notes(), "steps": self.step, "hours": round(self.seconds / 3600, 3)}
 
     @abstractmethod
     def _steps(self) -> Iterator[dict[str, float]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from idm_fast.cli.train import extrinsic, generator, intrinsic
+from idm_fast.cli.train import extrinsic, generator, intrinsic, vqgan
 
-_KINDS = {"intrinsic": intrinsic, "extrinsic": extrinsic, "generator": generator}
+_KINDS = {"intrinsic": intrinsic, "extrinsic": extrinsic, "generator": generator, "vqgan": vqgan}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

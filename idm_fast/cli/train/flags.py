@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from tqdm import tqdm
 
@@ -26,6 +27,11 @@ _NUMBERS = {
     "ema_decay": "of the averaged weights",
     "pure_noise": "share of items that start from pure noise",
     "rollout": "share of items that refine the model's own answer",
+    "degraded": "share of items that are degraded faces",
+    "codebook_lead": "first steps, in which latents are not quantised",
+    "codebook_decay": "of the running means that the codes are",
+    "revive_below": "a code chosen less often than this share of the mean is dead",
+    "revive_every": "steps between moving the dead codes",
     "min_native_px": "leave out crops enlarged from fewer pixels",
     "snr_min": "smallest weight of an item's loss",
     "snr_max": "largest weight of an item's loss",
@@ -34,6 +40,7 @@ _NUMBERS = {
     "save_every": "steps between states",
     "sheet_every": "steps between sheets",
 }
+Weights = TypeVar("Weights")
 DEFAULTS = TrainSettings(Path(), Path())
 _ALIGNED_PX = 256  # side of the crops that --align makes: the largest trainable preset's
 
@@ -70,11 +77,17 @@ def add_numbers(t: argparse._ActionsContainer, defaults: RunSettings) -> None:
     t.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default=precision, help="default: %(default)s")
 
 
-def add_losses(t: argparse.ArgumentParser) -> None:
+def add_losses(t: argparse.ArgumentParser, weights: type[Any] = LossWeights) -> None:
     losses = t.add_argument_group("loss", "weights of its terms (0 leaves one out), and their settings")
-    for item in fields(LossWeights):
-        flag, kind = f"--loss-{item.name.replace('_', '-')}", type(item.default)
-        losses.add_argument(flag, type=kind, default=item.default, help=f"default: {item.default}")
+    for name, hint in get_type_hints(weights).items():
+        flag, default = f"--loss-{name.replace('_', '-')}", getattr(weights, name)
+        words = get_args(hint) or None  # a Literal's
+        losses.add_argument(flag, type=type(default), default=default, choices=words, help=f"default: {default}")
+
+
+def losses(args: argparse.Namespace, weights: type[Weights]) -> Weights:
+    """The ``weights`` that ``add_losses`` asked for."""
+    return weights(**{name: getattr(args, f"loss_{name}") for name in get_type_hints(weights)})
 
 
 def check_budget(args: argparse.Namespace) -> None:
@@ -85,7 +98,7 @@ def check_budget(args: argparse.Namespace) -> None:
 def train_settings(args: argparse.Namespace) -> TrainSettings:
     """The settings that ``args`` ask for; with --align the faces are those that will be cut out."""
     values = {item.name: getattr(args, item.name) for item in fields(TrainSettings) if hasattr(args, item.name)}
-    values["loss"] = LossWeights(**{item.name: getattr(args, f"loss_{item.name}") for item in fields(LossWeights)})
+    values["loss"] = losses(args, LossWeights)
     if args.align:
         values["data"] = args.out / "aligned"
     return TrainSettings(**values)
