@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from idm_fast.checkpoints.diffusers_unet import DIFFUSERS
 from idm_fast.checkpoints.diffusers_vqgan import DIFFUSERS_VQGAN
 from idm_fast.checkpoints.format import Format
 from idm_fast.checkpoints.guided_diffusion import DIFFACE, GUIDED_DIFFUSION
+from idm_fast.checkpoints.ldm import LDM
 from idm_fast.checkpoints.source import Source
 from idm_fast.checkpoints.sr3 import SR3
 from idm_fast.checkpoints.swinir import SWINIR
@@ -13,7 +15,7 @@ from idm_fast.errors import IdmFastError
 
 # The first that matches is taken: a narrower format stands before a wider one.
 FORMATS: dict[str, Format] = {
-    made.name: made for made in (SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN, SWINIR)
+    made.name: made for made in (DIFFUSERS, LDM, SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN, SWINIR)
 }
 _ALIASES = {"ldm-vq": VQGAN.name}  # other words for the same
 
@@ -38,6 +40,8 @@ _OTHERS = (
 def choose(source: Source, name: str = "auto") -> Format:
     """The format called ``name``, or the one whose names ``source`` has; ``IdmFastError`` where there is none."""
     name = _ALIASES.get(name, name)
+    if name == DIFFUSERS.name and DIFFUSERS_VQGAN.matches(source):
+        name = DIFFUSERS_VQGAN.name
     if name != "auto":
         if name not in FORMATS:
             raise IdmFastError(f"format must be auto, {', '.join(FORMATS)}, got {name!r}")
@@ -55,6 +59,8 @@ def what(source: Source) -> str:
     matched = next((made.title for made in FORMATS.values() if made.matches(source)), None)
     if matched is not None:
         return matched
+    if source.config:
+        return f"a diffusers folder of {source.config.get('_class_name')!r:.60}"
     names = list(source.tensors)
     for part, words in _OTHERS:
         if any(part in name for name in names):

@@ -6,11 +6,9 @@ anyway, and in what the public files were trained with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from idm_fast.checkpoints.format import Format, Reading, modules_to_names
 from idm_fast.checkpoints.guided_keys import Structure, looks_guided, modules, structure
@@ -53,31 +51,37 @@ _INFERRED = (
 _ASIDE = frozenset({"format", "dropout", "use_checkpoint", "use_fp16", "num_heads_upsample"})
 
 
-def network_fields(
-    settings: Settings, found: Structure, tensors: Mapping[str, Tensor], image_size: int
-) -> dict[str, Any]:
-    """The fields of ``UNetConfig`` that had to be asked for, beside those that the shapes tell."""
+def network_fields(settings: Settings, found: Structure, *, image_size: int, head_channels: int = 64) -> dict[str, Any]:
+    """The fields of ``UNetConfig`` that had to be asked for, beside those that the shapes tell.
+
+    ``image_size`` and ``head_channels``: the family's habit, taken where nothing is given.
+    """
     side = settings.ask("image_size", image_size)
     order = "qkv_heads" if settings.ask("use_new_attention_order", False) else "heads_qkv"
     if "qkv_order" in settings.given:
         order = settings.given["qkv_order"]
         settings.assumed.pop("use_new_attention_order", None)
-    return {**found.fields, "image_size": side, "qkv_order": order, **_heads(settings, found.attention_widths)}
+    return {
+        **found.fields,
+        "image_size": side,
+        "qkv_order": order,
+        **_heads(settings, found.attention_widths, head_channels),
+    }
 
 
-def _heads(settings: Settings, widths: tuple[int, ...]) -> dict[str, int]:
+def _heads(settings: Settings, widths: tuple[int, ...], usual: int) -> dict[str, int]:
     """By width where that was given or divides every attention, else by number."""
     width = settings.given.get("num_head_channels", 0)
     if width <= 0 and "num_heads" in settings.given:
         return {"num_head_channels": 0, "num_heads": settings.given["num_heads"]}
     if width > 0:
         return {"num_head_channels": width}
-    if width == 0 and all(channels % 64 == 0 for channels in widths):
-        return {"num_head_channels": settings.ask("num_head_channels", 64)}
+    if width == 0 and all(channels % usual == 0 for channels in widths):
+        return {"num_head_channels": settings.ask("num_head_channels", usual)}
     settings.require(
         "num_head_channels",
-        "the keys do not tell it (nor num_heads, which may be given instead), and the usual 64 does not divide "
-        f"attentions of {sorted(set(widths))} channels",
+        "the keys do not tell it (nor num_heads, which may be given instead), and the usual "
+        f"{usual} does not divide attentions of {sorted(set(widths))} channels",
     )
     return {"num_heads": 1}
 
@@ -112,7 +116,7 @@ def _read(source: Source, settings: Settings, difface: bool, averaged: bool | No
     where = str(source.path)
     found = structure(where, tensors)
     channels = 3 if found.in_channels == 6 else found.in_channels
-    fields = network_fields(settings, found, tensors, 512 if difface else 256)
+    fields = network_fields(settings, found, image_size=512 if difface else 256)
     if channels != found.in_channels:
         fields |= {"cond_channels": found.in_channels - channels, "cond_resize": "bilinear"}
     unet = _config(where, {**fields, "in_channels": channels})
@@ -144,6 +148,8 @@ def _agree(settings: Settings, unet: UNetConfig, difface: bool) -> None:
     settings.agree("out_channels", unet.out_channels)
     settings.agree("use_scale_shift_norm", unet.use_scale_shift_norm)
     settings.agree("resblock_updown", unet.resample == "resblock")
+    if unet.resample == "conv":
+        settings.agree("conv_resample", True)
     settings.agree("learn_sigma", unet.out_channels == 2 * unet.in_channels)
     settings.agree("class_cond", unet.num_classes > 0)
     if not unet.time_channels:  # else its first multiplier is a fraction

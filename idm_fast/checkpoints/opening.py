@@ -92,6 +92,8 @@ def open_foreign(
             str(path), chosen.settings, {k: v for k, v in given.items() if k not in chosen.aside}, lenient
         )
         reading = chosen.read(source, answers, averaged)
+        if averaged and not reading.averaged:
+            raise IdmFastError(f"{path}: must hold averaged (EMA) weights apart, got only one kind")
     except IdmFastError as error:
         raise error if str(path) in str(error) else IdmFastError(f"{path}: {error}") from None
     return Opened(source, chosen, reading, answers)

@@ -39,7 +39,8 @@ _SETTINGS = (
 )
 
 
-def _modules(unet: UNet, prefix: str) -> Iterator[tuple[str, str]]:
+def modules(unet: UNet, prefix: str) -> Iterator[tuple[str, str]]:
+    """(our module, theirs); more pairs than there are modules."""
     yield from {"time.fc1": f"{prefix}noise_level_mlp.1", "time.fc2": f"{prefix}noise_level_mlp.3",
                 "stem": f"{prefix}downs.0", "out_norm": f"{prefix}final_conv.block.0",
                 "out_conv": f"{prefix}final_conv.block.3"}.items()  # fmt: skip
@@ -113,7 +114,7 @@ def _read(source: Source, settings: Settings, averaged: bool | None) -> Reading:
         module = UNet(unet)
     config = ModelConfig(source.path.stem, unet, diffusion, "ddpm", diffusion.train_steps)
     dropped = frozenset(name for name in source.tensors if name in _TABLES)
-    return Reading(config, module, modules_to_names(module, _modules(module, prefix)), source.tensors, dropped)
+    return Reading(config, module, modules_to_names(module, modules(module, prefix)), source.tensors, dropped)
 
 
 def _agree(settings: Settings, unet: UNetConfig) -> None:

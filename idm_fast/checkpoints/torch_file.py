@@ -30,6 +30,10 @@ _HARMLESS = {
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
     "_codecs.encode",
 }  # fmt: skip
+# What a file of nothing but tensors names.
+_REBUILDS = re.compile(
+    r"collections\.OrderedDict|torch\.(_utils\._rebuild_\w+|_tensor\._rebuild_\w+|(storage\.)?\w*Storage)"
+)
 _TABLES = {"pytorch_lightning.utilities.parsing.AttributeDict", "lightning.fabric.utilities.data.AttributeDict"}
 
 
@@ -74,7 +78,7 @@ def load_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of torch, about storages that are deprecated
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle raises nearly any type: EOFError, KeyError, RuntimeError, ...
-        raise IdmFastError(f"{path}: {_reason(error)}") from None
+        raise IdmFastError(f"{path}: {_reason(error, named)}") from None
 
 
 def _zip_program(path: Path) -> bytes:
@@ -155,9 +159,13 @@ def _admitted(name: str) -> bool:
     return _is_harmless(name) or name == "collections.OrderedDict" or name.startswith("torch.")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, named: set[str]) -> str:
+    """torch's refusal in one line. Of what it does not name itself, the likely cause."""
     text = " ".join(str(error).split())
-    asked = re.search(r"(?:GLOBAL|global:?|function) (?:GLOBAL )?([\w.]+)", text)
-    if asked and ("llow" in text or "blocked" in text):
-        return f"refused the global {asked[1]}: a weights file must only rebuild tensors, and nothing in it is run"
+    asked = re.search(r"(?:GLOBAL|function) (?:GLOBAL )?([\w.]+)", text)
+    unusual = sorted(name for name in named if not _is_harmless(name) and not _REBUILDS.fullmatch(name))
+    culprit = asked[1] if asked and ("llow" in text or "blocked" in text) else ", ".join(unusual[:3])
+    if culprit:
+        return f"refused the global {culprit}: a weights file must only rebuild tensors, and nothing in it is run"
+    text = text.rpartition("WeightsUnpickler error: ")[2].partition("Check the documentation")[0].strip()
     return f"is not a whole torch file that holds only tensors: {text[:200] or type(error).__name__}"
