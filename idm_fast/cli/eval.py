@@ -22,7 +22,7 @@ from idm_fast.evaluation.inception import LIBRARIES, Inception
 from idm_fast.evaluation.metrics import FaceMetrics
 from idm_fast.evaluation.niqe import Pristine, authors_model, blocks_of, fitted_model
 from idm_fast.evaluation.parts import Parts
-from idm_fast.evaluation.pictures import PictureSet, fingerprint, load_at, picture_set
+from idm_fast.evaluation.pictures import PictureSet, check_headers, fingerprint, load_at, picture_set
 from idm_fast.evaluation.plots import draw
 from idm_fast.evaluation.report import Report, Subject, evaluate
 from idm_fast.files import atomic
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     sets: list[PictureSet] = []
     for folder in args.pictures:
         sets.append(picture_set(folder, paths, args.data, args.size, [known.name for known in sets]))
+    check_headers([*paths, *(path for each in sets for path in each.paths)], args.size)
     metrics = _metrics(args, faces)
     reference = _named(args)
     settings = _settings(args)

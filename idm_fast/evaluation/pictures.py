@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from idm_fast.errors import IdmFastError
@@ -36,6 +37,18 @@ def load_at(path: Path, size: int) -> Tensor:
     if rgb.width < size:
         raise IdmFastError(f"{path}: must be at least --size = {size} px, got {rgb.width}: judge it at its own size")
     return to_tensor(rgb, size)
+
+
+def check_headers(paths: Iterable[Path], size: int) -> None:
+    """What ``load_at`` would raise of the first file that is no picture, not square or too small, before any work."""
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                fits = picture.width == picture.height >= size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            fits = False
+        if not fits:
+            load_at(path, size)
 
 
 def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, taken: Sequence[str] = ()) -> PictureSet:
