@@ -100,10 +100,10 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     faces = _faces(args)
     paths = [face.path for face in faces]
-    levels = args.levels or (list(LEVELS) if args.model or not args.pictures else [])
+    levels = list(dict.fromkeys(args.levels or (list(LEVELS) if args.model or not args.pictures else [])))
     subjects = _subjects(args) if levels else []
     sets: list[PictureSet] = []
-    for folder in args.pictures:
+    for folder in {folder.resolve(): folder for folder in args.pictures}.values():
         sets.append(picture_set(folder, paths, args.data, args.size, [known.name for known in sets]))
     check_headers([*paths, *(path for each in sets for path in each.paths)], args.size)
     metrics = _metrics(args, faces)
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
             "batch_size": args.batch_size, "seed": args.seed, "degradation_version": DEGRADATION_VERSION,
             "levels": levels, "metrics": [*metrics.names, *metrics.notes(args.size)],
             "subjects": [[s.name, s.steps, s.sampler] for s in subjects],
-            "pictures": [[each.name, fingerprint([*each.paths, *each.twins])] for each in sets], **environment(),
+            "pictures": [[each.name, fingerprint([*each.paths, *each.twins])] for each in sets],
+            **environment(args.device),
         }  # fmt: skip
         parts = Parts(args.json.with_name(f"{args.json.name}.parts"), every)
     each_face = max(1, len(levels) * len(subjects))
