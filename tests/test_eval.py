@@ -135,6 +135,18 @@ def test_pictures_with_twins_are_compared_and_others_are_not(run: Any, faces: Pa
     assert found["rows"][1]["metrics"]["ssim"]["mean"] == pytest.approx(1)
 
 
+def test_twins_are_found_where_the_split_has_its_own_folder(faces: Path, tmp_path: Path) -> None:
+    clean = sorted((faces / "val").iterdir())
+    for path in clean[:2]:
+        save(tmp_path / "restored" / path.name, noise(0))
+    found = picture_set(tmp_path / "restored", clean, faces, SIDE)
+    assert found.twins == clean[:2]
+    assert picture_set(tmp_path / "restored", [*clean, faces / "train" / "0.png"], faces, SIDE).twins == []
+    assert (
+        picture_set(tmp_path / "restored", clean, faces, SIDE, taken=["restored"]).name == f"{tmp_path.name}/restored"
+    )
+
+
 def test_the_set_of_the_clean_faces_is_no_distance_away(tmp_path: Path) -> None:
     try:
         metrics = FaceMetrics(names=["psnr", "lpips_vgg", "fd_vgg"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ def check_headers(paths: Iterable[Path], size: int) -> None:
 def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, taken: Sequence[str] = ()) -> PictureSet:
     """The pictures below ``folder``; twins are the ``clean`` files with the same name relative to ``root``.
 
+    Where none has, to the folder that holds all clean files: what was restored from ROOT/val has no "val" in its names.
     The ending does not count: restored files are often PNG where the clean are JPEG. The folder gives the set its name,
     with its parent where the name is ``taken``. Raises ``IdmFastError`` where there is no picture, or two for one twin.
     """
@@ -62,11 +64,13 @@ def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, take
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not _hidden(path, folder))
     if not files:
         raise IdmFastError(f"{folder}: must hold pictures ({' '.join(sorted(PICTURES))}), got none")
-    places = {path.relative_to(root).with_suffix(""): path for path in clean}
+    names = {path: path.relative_to(folder).with_suffix("") for path in files}
+    places = _places(clean, root)
+    if clean and not set(places) & set(names.values()):
+        places = _places(clean, Path(os.path.commonpath([path.parent for path in clean])))
     pairs: dict[Path, Path] = {}
     alone = []
-    for path in files:
-        place = path.relative_to(folder).with_suffix("")
+    for path, place in names.items():
         if place not in places:
             alone.append(path)
         elif place in pairs:
@@ -80,6 +84,10 @@ def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, take
         name = str(folder)
     both = [place for place in places if place in pairs]
     return PictureSet(name, [*(pairs[place] for place in both), *alone], [places[place] for place in both], size)
+
+
+def _places(clean: Sequence[Path], root: Path) -> dict[Path, Path]:
+    return {path.relative_to(root).with_suffix(""): path for path in clean}
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
