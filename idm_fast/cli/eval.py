@@ -20,9 +20,9 @@ from idm_fast.evaluation.baseline import denoise_and_sharpen
 from idm_fast.evaluation.environment import environment
 from idm_fast.evaluation.inception import LIBRARIES, Inception
 from idm_fast.evaluation.metrics import FaceMetrics
-from idm_fast.evaluation.niqe import Pristine, authors_model, fitted_model
+from idm_fast.evaluation.niqe import Pristine, authors_model, blocks_of, fitted_model
 from idm_fast.evaluation.parts import Parts
-from idm_fast.evaluation.pictures import PictureSet, fingerprint, load_at, picture_set
+from idm_fast.evaluation.pictures import PictureSet, check_headers, fingerprint, load_at, picture_set
 from idm_fast.evaluation.plots import draw
 from idm_fast.evaluation.report import Report, Subject, evaluate
 from idm_fast.files import atomic
@@ -42,7 +42,8 @@ distances of sets with those of a jackknife; such a distance falls as the sets g
 
 With --json, what is finished is kept in FILE.parts: the same command goes on there and ends with the same answer.
 
-exit code: 0 all good, 1 a picture or a result was wrong, 2 wrong usage, 130 stopped by Ctrl-C.
+exit code: 0 all good, 1 a result was not finite, 2 wrong usage, or a picture that cannot be judged (it is named),
+130 stopped by Ctrl-C.
 
 examples:
   idm-fast eval --data faces --model idm-face-128                              the shipped model at its defaults
@@ -61,11 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--split", help="split of faces.csv to judge on (default: val; without faces.csv all pictures)")
     p.add_argument("--min-native-px", type=int, default=0, help="leave out crops enlarged from fewer pixels")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N faces")
-    p.add_argument("--size", type=int, default=128, help="side in pixels of all that is judged (default: %(default)s)")
+    p.add_argument("--size", type=int, default=128, help="side in pixels of all that is judged; what "
+                   "is larger is shrunk, what is smaller refused (default: %(default)s)")  # fmt: skip
     p = parser.add_argument_group("restorers")
     p.add_argument("--model", action="append", default=[], help="name or .safetensors file; may be repeated")
-    p.add_argument("--steps", nargs="+", type=int, default=[None], metavar="T", help="default: the model's")
-    p.add_argument("--sampler", nargs="+", choices=list(SOLVERS), default=[None], help="solvers (default: the model's)")
+    p.add_argument("--steps", nargs="+", type=int, metavar="T", help="default: the model's")
+    p.add_argument("--sampler", nargs="+", choices=list(SOLVERS), help="solvers (default: the model's)")
     p.add_argument("--eta", type=float, help="randomness of ddim and dpmpp_2m_sde, 0..1 (default: the solver's)")
     p.add_argument("--strength", type=float, help="below 1: start from the noised input (default: the model's)")
     p.add_argument("--levels", nargs="+", choices=list(LEVELS), help="of degradation (default: all)")
@@ -98,11 +100,12 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     faces = _faces(args)
     paths = [face.path for face in faces]
-    levels = args.levels or (list(LEVELS) if args.model or not args.pictures else [])
+    levels = list(dict.fromkeys(args.levels or (list(LEVELS) if args.model or not args.pictures else [])))
     subjects = _subjects(args) if levels else []
     sets: list[PictureSet] = []
-    for folder in args.pictures:
+    for folder in {folder.resolve(): folder for folder in args.pictures}.values():
         sets.append(picture_set(folder, paths, args.data, args.size, [known.name for known in sets]))
+    check_headers([*paths, *(path for each in sets for path in each.paths)], args.size)
     metrics = _metrics(args, faces)
     reference = _named(args)
     settings = _settings(args)
@@ -113,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
             "batch_size": args.batch_size, "seed": args.seed, "degradation_version": DEGRADATION_VERSION,
             "levels": levels, "metrics": [*metrics.names, *metrics.notes(args.size)],
             "subjects": [[s.name, s.steps, s.sampler] for s in subjects],
-            "pictures": [[each.name, fingerprint([*each.paths, *each.twins])] for each in sets], **environment(),
+            "pictures": [[each.name, fingerprint([*each.paths, *each.twins])] for each in sets],
+            **environment(args.device),
         }  # fmt: skip
         parts = Parts(args.json.with_name(f"{args.json.name}.parts"), every)
     each_face = max(1, len(levels) * len(subjects))
@@ -143,6 +147,10 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and path.exists() and path.is_dir() != wants_folder:
             raise IdmFastError(f"--{name} must be a {'folder' if wants_folder else 'file'}, got {path}")
+    if not args.model:
+        for name in ("steps", "sampler", "eta", "strength", "dtype"):
+            if getattr(args, name) is not None:
+                raise IdmFastError(f"--{name} is of restorers and must come with --model, got none")
     chosen = list(args.metrics or METRICS)
     if ("fid" in chosen) and not args.fid:
         raise IdmFastError(f"--metrics: fid needs --fid with one of {', '.join(LIBRARIES)}, got none")
@@ -180,8 +188,8 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
         # Two files may hold models of one name: rounds of one training do.
         shown = name if model.config.name in taken else model.config.name
         taken.add(shown)
-        for sampler in dict.fromkeys(args.sampler):
-            for steps in dict.fromkeys(args.steps):
+        for sampler in dict.fromkeys(args.sampler or [None]):
+            for steps in dict.fromkeys(args.steps or [None]):
                 asked = SampleSettings(steps, sampler, args.eta, args.strength)
                 full = asked.resolved(model.config)
                 evaluations = model.evaluations(asked)  # and a wrong setting ends the run here
@@ -207,6 +215,8 @@ def _ticking(subject: Subject, bar: Any) -> Subject:
 
 def _metrics(args: argparse.Namespace, faces: list[FaceFile]) -> FaceMetrics:
     try:
+        if "niqe" in args.metrics:
+            blocks_of(args.size)
         pristine = _pristine(args, faces) if "niqe" in args.metrics else None
         inception = Inception(args.fid, args.fid_weights, args.device) if args.fid else None
         return FaceMetrics(args.device, args.metrics, pristine=pristine, inception=inception)

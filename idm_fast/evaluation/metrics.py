@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idm_fast.errors import IdmFastError
+from idm_fast.evaluation.inception import Inception
 from idm_fast.evaluation.landmarks import Landmarks, landmark_distance
 from idm_fast.evaluation.niqe import Pristine, authors_model, blocks_of, niqe
 from idm_fast.models.perceptual import Lpips
@@ -23,7 +24,6 @@ from idm_fast.models.recognition import Recognition
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
-Features = Callable[[Tensor], Tensor]  # images [N, 3, S, S] in [-1, 1] -> [N, D]
 
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5
 _SSIM_C1, _SSIM_C2 = 0.01**2, 0.03**2
@@ -162,7 +162,7 @@ class FaceMetrics:
         names: Collection[str] = DEFAULT,
         *,
         pristine: Pristine | None = None,
-        inception: Features | None = None,
+        inception: Inception | None = None,
     ) -> None:
         known = (*self.PAIRED, *self.ALONE, *self.DISTRIBUTION)
         if unknown := set(names) - set(known):
@@ -186,6 +186,8 @@ class FaceMetrics:
             side, stride = blocks_of(size)
             how = "side by side" if stride == side else f"every {stride} px"
             notes.append(f"NIQE: blocks of {side} px {how} against {self.pristine.name}; compare at one size only")
+        if self.inception:
+            notes.append(f"FID by {self.inception.name}")
         return notes
 
     @torch.no_grad()

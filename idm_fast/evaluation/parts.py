@@ -28,13 +28,14 @@ class Parts:
         self.folder = folder
         settings = json.loads(json.dumps(settings))  # as it comes back from the file
         file = folder / "settings.json"
-        if file.is_file():
-            self._check(file, settings)
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise IdmFastError(f"{folder}: must be a folder of unfinished parts with settings.json, got other files")
-        else:
+        others = [path for path in folder.glob("*") if path != file]
+        if not others:  # nothing is finished, so there is nothing to mix
             with atomic(file) as path:
                 path.write_text(json.dumps(settings, indent=1) + "\n")
+        elif file.is_file():
+            self._check(file, settings)
+        else:
+            raise IdmFastError(f"{folder}: must hold unfinished parts with their settings.json, got other files")
 
     def get_or(self, name: str, make: Callable[[], Part]) -> Part:
         """The part ``name``, from disk where it is finished, else from ``make`` and then on disk."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from idm_fast.errors import IdmFastError
@@ -38,9 +40,22 @@ def load_at(path: Path, size: int) -> Tensor:
     return to_tensor(rgb, size)
 
 
+def check_headers(paths: Iterable[Path], size: int) -> None:
+    """What ``load_at`` would raise of the first file that is no picture, not square or too small, before any work."""
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                fits = picture.width == picture.height >= size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            fits = False
+        if not fits:
+            load_at(path, size)
+
+
 def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, taken: Sequence[str] = ()) -> PictureSet:
     """The pictures below ``folder``; twins are the ``clean`` files with the same name relative to ``root``.
 
+    Where none has, to the folder that holds all clean files: what was restored from ROOT/val has no "val" in its names.
     The ending does not count: restored files are often PNG where the clean are JPEG. The folder gives the set its name,
     with its parent where the name is ``taken``. Raises ``IdmFastError`` where there is no picture, or two for one twin.
     """
@@ -49,11 +64,13 @@ def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, take
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not _hidden(path, folder))
     if not files:
         raise IdmFastError(f"{folder}: must hold pictures ({' '.join(sorted(PICTURES))}), got none")
-    places = {path.relative_to(root).with_suffix(""): path for path in clean}
+    names = {path: path.relative_to(folder).with_suffix("") for path in files}
+    places = _places(clean, root)
+    if clean and not set(places) & set(names.values()):
+        places = _places(clean, Path(os.path.commonpath([path.parent for path in clean])))
     pairs: dict[Path, Path] = {}
     alone = []
-    for path in files:
-        place = path.relative_to(folder).with_suffix("")
+    for path, place in names.items():
         if place not in places:
             alone.append(path)
         elif place in pairs:
@@ -67,6 +84,10 @@ def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, take
         name = str(folder)
     both = [place for place in places if place in pairs]
     return PictureSet(name, [*(pairs[place] for place in both), *alone], [places[place] for place in both], size)
+
+
+def _places(clean: Sequence[Path], root: Path) -> dict[Path, Path]:
+    return {path.relative_to(root).with_suffix(""): path for path in clean}
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from idm_fast.bench.plot import COLOURS, GRID, INK, SIZE, Axis, Chart, axis_of
 from idm_fast.evaluation.metrics import Estimate
-from idm_fast.evaluation.table import LABELS, Report, Row
+from idm_fast.evaluation.table import CLEAN, LABELS, Report, Row
 from idm_fast.files import atomic
 
 _COLUMNS = 2  # of charts on a sheet
@@ -29,8 +29,10 @@ def draw(report: Report, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for level in dict.fromkeys(row.level for row in report.rows):
-        rows = [row for row in report.rows if row.level == level]
+    clean = [row for row in report.rows if row.name == CLEAN]  # where the others would like to be: on every sheet
+    others = [row for row in report.rows if row.name != CLEAN]
+    for level in dict.fromkeys(row.level for row in others):
+        rows = [row for row in others if row.level == level] + clean
         keys = [key for key in LABELS if any(_value(row, key) for row in rows)]
         if not keys:
             continue

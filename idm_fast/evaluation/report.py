@@ -19,7 +19,7 @@ from idm_fast.evaluation.environment import environment
 from idm_fast.evaluation.metrics import FaceMetrics
 from idm_fast.evaluation.parts import Part, Parts
 from idm_fast.evaluation.pictures import PictureSet, load_at
-from idm_fast.evaluation.table import FD, HEADINGS, LABELS, Report, Row, estimates
+from idm_fast.evaluation.table import CLEAN, FD, HEADINGS, LABELS, Report, Row, estimates
 from idm_fast.training.degradation import DEGRADATION_VERSION, degrade_level
 
 __all__ = ["CLEAN", "FD", "HEADINGS", "INTERVALS", "Degrade", "Report", "Restore", "Row", "Subject", "evaluate"]
@@ -28,7 +28,6 @@ Restore = Callable[[Tensor, Tensor], Tensor]
 Degrade = Callable[[Tensor, str, int], Tensor]
 
 INTERVALS = "bootstrap of the mean over faces; distances of sets: jackknife over 20 groups of faces"
-CLEAN = "clean faces"
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def evaluate(
         "degradation_version": DEGRADATION_VERSION,
         "intervals": INTERVALS,
         "metrics": {key: LABELS[key] for key in LABELS if key in metrics.names},
-        "notes": metrics.notes(size),
+        "notes": [*metrics.notes(size), *_sizes(rows, done)],
         **environment(device),
     }
     return Report(conditions, rows)
@@ -174,6 +173,12 @@ def _joined(parts: Sequence[Part]) -> Part:
 
 def _of(part: Part, prefix: str) -> Part:
     return {key[len(prefix) + 1 :]: values for key, values in part.items() if key.startswith(f"{prefix}/")}
+
+
+def _sizes(rows: Sequence[Row], faces: int) -> list[str]:
+    """A Fréchet distance of few pictures is larger than one of many from the same source."""
+    differ = any(row.pictures != faces for row in rows if set(row.estimates) & set(FaceMetrics.DISTRIBUTION))
+    return ["Distances of sets with different numbers of pictures cannot be compared"] if differ else []
 
 
 def _row(

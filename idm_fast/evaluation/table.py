@@ -13,6 +13,7 @@ from torch import Tensor
 from idm_fast.evaluation.metrics import Estimate, FaceMetrics, bootstrap_mean, frechet_distance, jackknife
 
 FD = "fd_vgg"
+CLEAN = "clean faces"  # name of the row of the reference set itself
 LABELS = {
     "psnr": "PSNR dB ↑",
     "ssim": "SSIM ↑",
@@ -67,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order of levels, then subjects, then sets, and the conditions under which they hold."""
+    """Rows (the clean faces, subjects level by level, sets) and the conditions under which they hold."""
 
     conditions: dict[str, Any]
     rows: list[Row]

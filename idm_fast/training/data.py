@@ -85,7 +85,8 @@ def read_square(path: Path) -> Image.Image:
         raise UnreadableError(f"{path}: cannot be read as a picture: {error}") from None
     if rgb.width != rgb.height:
         raise IdmFastError(
-            f"{path}: must be an aligned crop = square, got {rgb.width} x {rgb.height}; photographs need --align"
+            f"{path}: must be an aligned crop = square, got {rgb.width} x {rgb.height}; "
+            "of photographs the faces must be cut out first (idm-fast train --align)"
         )
     return rgb
 
