@@ -65,3 +65,28 @@ def test_a_public_checkpoint(name: str, shared_data: Path) -> None:
     seeds = torch.arange(io["x"].shape[0])
     start = initial_noise(seeds, tuple(io["x"].shape), "cpu")  # type: ignore[arg-type]
     compare(lambda: checkpoints.load(folder / "checkpoint.pt", settings), (start, seeds, cond))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "attention_head_dim": None},
+        {"downsample_padding": 0, "in_channels": 6, "resnet_time_scale_shift": "scale_shift"},
+    ],
+    ids=["ddpm", "with a condition"],
+)
+def test_a_network_of_diffusers(change: dict[str, Any], tmp_path: Path) -> None:
+    """Padding below and to the right, frequencies that are shifted, and a middle attention without a norm."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 64, 64), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), **change,
+    )  # fmt: skip
+    network.save_pretrained(tmp_path)
+    channels = change.get("in_channels", 3) - 3
+    seeds = torch.arange(2)
+    cond = torch.rand(2, channels, 32, 16) * 2 - 1 if channels else None
+    inputs = initial_noise(seeds, (2, 3, 32, 16), "cpu"), seeds, cond
+    compare(lambda: checkpoints.load(tmp_path, {"cond_channels": channels}), inputs)
