@@ -127,6 +127,11 @@ class UNetConfig:
         return int(self.unshuffle * 2 ** (len(self.channel_mult) - 1))
 
     @property
+    def turned(self) -> bool:
+        """Whether its down-sampling pads below and to the right: a plan runs it on images turned by 180 degrees."""
+        return self.downsample_padding == 0 and self.resample == "conv" and len(self.channel_mult) > 1
+
+    @property
     def stem_width(self) -> int:
         """Channels of the first convolution and of the last norm."""
         return self.model_channels * self.channel_mult[0]

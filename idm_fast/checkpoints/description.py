@@ -10,7 +10,7 @@ from torch import nn
 
 from idm_fast.checkpoints import native
 from idm_fast.checkpoints.kinds import kind_of
-from idm_fast.checkpoints.opening import is_native, open_foreign
+from idm_fast.checkpoints.opening import is_native, open_foreign, refuse_answers
 
 
 def describe(
@@ -23,6 +23,7 @@ def describe(
     """
     path = Path(path)
     if is_native(path):
+        refuse_answers(path, settings, format, averaged)
         made = native.inspect(path)
         said = {"file": str(path), "bytes": path.stat().st_size, "format": "native", "family": "a file of this project"}
         return said | _network(made.module, made.config) | {

@@ -35,8 +35,9 @@ class Opened:
     def provenance(self, digest: str = "") -> dict[str, Any]:
         """The header's ``source``: where weights came from and what had to be assumed."""
         weights = {True: "averaged", False: "raw", None: "the only ones"}[self.reading.averaged]
-        made = {"file": self.source.path.name, "format": self.format.name, "weights": weights}
-        return made | {"sha256": digest, "settings": self.settings.given, "assumed": self.settings.assumed}
+        made: dict[str, Any] = {"file": self.source.path.name, "format": self.format.name, "weights": weights}
+        made |= {"sha256": digest} if digest else {}
+        return made | {"settings": self.settings.given, "assumed": self.settings.assumed}
 
 
 def load(
@@ -59,8 +60,7 @@ def load(
     """
     path = Path(path)
     if is_native(path):
-        if settings or format not in ("auto", "native"):
-            raise IdmFastError(f"{path}: is a file of this project, which needs no format or settings")
+        refuse_answers(path, settings, format, averaged)
         return native.load_any(path)
     opened = open_foreign(path, settings, format, averaged=averaged)
     tensors = fitted(str(path), opened.reading, copy=True)
@@ -97,6 +97,12 @@ def open_foreign(
     except IdmFastError as error:
         raise error if str(path) in str(error) else IdmFastError(f"{path}: {error}") from None
     return Opened(source, chosen, reading, answers)
+
+
+def refuse_answers(path: Path, settings: Mapping[str, Any] | None, format: str, averaged: bool | None) -> None:
+    """A file of this project says all of itself: an answer given beside it would be ignored."""
+    if settings or format not in ("auto", "native") or averaged is not None:
+        raise IdmFastError(f"{path}: is a file of this project, which takes no format, settings or choice of weights")
 
 
 def is_native(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""idm-fast convert: another project's weights as a file of this one."""
+"""idm-fast convert: another project's weights as a file of this one, or any of them as a folder of diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from idm_fast.checkpoints import FORMATS, convert
+from idm_fast.checkpoints import FORMATS, convert, export
 from idm_fast.checkpoints.conversion import DTYPES
 from idm_fast.checkpoints.settings import from_pairs
 
@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   idm-fast convert difface.pth difface.safetensors
   idm-fast convert 256x256_diffusion.pt gd.safetensors --set num_head_channels=64
   idm-fast convert sr3_gen.pth sr3.safetensors --dtype fp16 --license "none stated"
+  idm-fast convert latent.ckpt folder --to diffusers --no-ema
 Nothing that is stored in a file is run. What the keys cannot tell has a default, which is said;
 --set changes it, and idm-fast info FILE lists it. docs/checkpoints.md has the commands for every
 family.
@@ -27,13 +28,17 @@ family.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Makes one .safetensors of this project of weights of a public model family."
+    parser.description = """Makes one .safetensors of this project of weights of a public model family, or with
+--to diffusers a folder that diffusers loads of any model file."""
     parser.epilog = _EXAMPLES
     parser.add_argument(
         "input", metavar="IN", type=Path, help="a .pt, .pth, .ckpt or .safetensors file, or a diffusers folder"
     )
-    parser.add_argument("output", metavar="OUT", type=Path, help="the .safetensors file to write")
+    parser.add_argument("output", metavar="OUT", type=Path, help="the .safetensors file, or folder, to write")
     add_reading_arguments(parser)
+    parser.add_argument(
+        "--to", choices=["native", "diffusers"], default="native", help="what OUT is: one file of ours, or a folder"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights in OUT (default: as they are stored)")
     parser.add_argument("--license", default="", metavar="TEXT", help="a note on the weights' terms, kept in OUT")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
@@ -61,6 +66,8 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
+    if args.to == "diffusers":
+        return _export(args)
     with tqdm(total=len(_STAGES), disable=None, leave=False, bar_format="{desc}: {bar} {elapsed}") as bar:
 
         def progress(stage: str) -> None:
@@ -83,4 +90,18 @@ def run(args: argparse.Namespace) -> int:
         text = f"assumed {each['name']}={json.dumps(each['assumed'])} ({each['allowed']}): {each['decides']}"
         print(text, file=sys.stderr)
     print(f"{args.output}: {said['bytes'] / 1e6:.1f} MB, {opened.format.title}, {said['seconds']} s")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    loaded = export(args.input, args.output, from_pairs(args.set), args.format, averaged=args.ema, dtype=args.dtype)
+    assumed = loaded.source.get("assumed", {})
+    if args.json:
+        print(json.dumps({"output": str(args.output), "assumed": assumed}, indent=1))
+        return 0
+    for name, value in assumed.items():
+        print(f"assumed {name}={json.dumps(value)}", file=sys.stderr)
+    print(
+        f"{args.output}: a folder for diffusers, {sum(f.stat().st_size for f in args.output.rglob('*')) / 1e6:.1f} MB"
+    )
     return 0

@@ -183,6 +183,11 @@ def _shuffle(node: nodes.Shuffle, b: Buffers) -> tuple[str, Call]:
     return "torch", partial(outer.copy_, cells)
 
 
+def _turn(node: nodes.Turn, b: Buffers) -> tuple[str, Call]:
+    x, out = b.tensors[node.x], b.tensors[node.out]
+    return "torch", lambda: out.copy_(x.flip(2, 3))
+
+
 def _spread_noise(node: nodes.SpreadNoise, b: Buffers) -> tuple[str, Call]:
     v, history, scratch = (b.tensors[value] for value in (node.v, node.out_history, node.out_scratch))
     drawing = torch.zeros_like(b.coefficients)  # a row for each step: the update's noise is that of the row's number
@@ -210,4 +215,5 @@ _COPIES: dict[type[Node], Any] = {
     nodes.Advance: _advance,
     nodes.Unshuffle: _unshuffle,
     nodes.Shuffle: _shuffle,
+    nodes.Turn: _turn,
 }

@@ -302,7 +302,7 @@ def _check(model: UNet, shape: Shape) -> None:
         )
     if c.num_classes:
         raise IdmFastError(f"Engine: model must have no classes = 0, got {c.num_classes}")
-    for name, only in (("freq_shift", 0), ("downsample_padding", 1), ("middle_scale", 1), ("center_input", False)):
+    for name, only in (("middle_scale", 1), ("center_input", False)):
         if getattr(c, name) != only:
             raise IdmFastError(
                 f"Engine: model must have {name} = {only}, got {getattr(c, name)} (engine=False runs plain modules)"

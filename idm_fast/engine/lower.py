@@ -26,6 +26,7 @@ from idm_fast.engine.nodes import (
     SpreadNoise,
     StatsValue,
     TimeRow,
+    Turn,
     Unshuffle,
     Update,
     Value,
@@ -125,7 +126,7 @@ class _Lowering:
             half = self._condition_half(setup, cond, inside)
 
         self.nodes.append(TimeRow(layer="time"))
-        h = self._stem(entry, half)
+        h = self._stem(self._upside("stem", entry), half)
         skips = [h]
         begin = end = 0
         for index, level in enumerate(_levels(self.model.down)):
@@ -152,6 +153,16 @@ class _Lowering:
         step = tuple(_without_unread_stats(self.nodes))
         return Lowered(tuple(setup), step, tuple(self.projections), tuple(self.ranges), x, history, cond, (begin, end))
 
+    def _upside(self, path: str, x: Value) -> Value:
+        """``x`` as the network lies, or from there back. Padding on one side becomes padding on all sides by turning
+        the image and every 3x3 kernel (``weights.py``): in an even image the window that began at 2 i begins at
+        2 j - 1. What is added to the walk are these two copies of a few channels."""
+        if not self.config.turned:
+            return x
+        out = Value(f"{path}.turned", x.shape, x.dtype)
+        self.nodes.append(Turn(layer=path, x=x, out=out))
+        return out
+
     def _stem_columns(self) -> tuple[Columns, Columns]:
         """Of the stem's input channels: those of x, those of the condition."""
         c, area = self.config, self.config.unshuffle**2
@@ -164,7 +175,7 @@ class _Lowering:
         hint = Value("stem.hint", (self.n, c.cond_channels * f * f, *inside), self.dtype, fixed=True)
         half = Value("stem.cond_half", (self.n, c.stem_width, *inside), self.dtype, fixed=True)
         weight = Weight("stem.weight", "conv", columns=self._stem_columns()[1])
-        setup.append(Unshuffle(layer="stem", x=cond, factor=f, out=hint))
+        setup.append(Unshuffle(layer="stem", x=cond, factor=f, turned=c.turned, out=hint))
         setup.append(Conv(layer="stem", x=hint, weight=weight, bias=(Weight("stem.bias", "vector"),), out=half))
         return half
 
@@ -192,10 +203,11 @@ class _Lowering:
         coefficients = self._coefficients("out_norm", self.model.out_norm, h)
 
         def part(rows: Columns | None) -> Value:
-            return self._conv(
+            made = self._conv(
                 "out_conv", h.value, channels, weight=Weight("out_conv.weight", "conv", rows=rows),
                 bias=(Weight("out_conv.bias", "vector", rows=rows),), coefficients=coefficients, silu=True,
-            ).value  # fmt: skip
+            )  # fmt: skip
+            return self._upside("out_conv", made.value)
 
         answer = part((0, channels) if channels < all_channels else None)
         return answer, part((channels, 2 * channels)) if learned_variance else None

@@ -223,6 +223,15 @@ class Unshuffle(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn(Node):
+    """An image turned by 180 degrees."""
+
+    x: Value
+    out: Value
+    op = "turn"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shuffle(Node):
     """What a network ends with -> pixel_shuffle of it in float32; ``turned``: turned by 180 degrees before."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from idm_fast.diffusion import SamplerTable
@@ -12,6 +13,7 @@ from idm_fast.engine.nodes import Columns, Weight
 from idm_fast.engine.weights import PackedWeights, State
 from idm_fast.kernels import time_embedding
 from idm_fast.kernels.dispatch import use_backend
+from idm_fast.models.blocks import sinusoid
 
 ROWS = 16  # of one product: a row's sums are taken in an order that depends on how many rows there are
 
@@ -68,11 +70,16 @@ class StepTables:
     def _compute(self, times: Tensor, rows: Tensor) -> None:
         config = self._weights.config
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._mlp
-        with use_backend(None):  # once per walk, and not each back end has the time embedding
-            made = time_embedding(
-                times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
-                order=config.embedding_order, embed_silu=config.embed_silu,
-            )  # fmt: skip
+        if config.freq_shift:  # which the operation does not know
+            wave = sinusoid(times, config.time_width, config.embedding_order, config.freq_shift)
+            embedding = F.linear(F.silu(F.linear(wave, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+            made = F.linear(F.silu(embedding) if config.embed_silu else embedding, self._matrix, self._bias)
+        else:
+            with use_backend(None):  # once per walk, and not each back end has the time embedding
+                made = time_embedding(
+                    times, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self._matrix, self._bias,
+                    order=config.embedding_order, embed_silu=config.embed_silu,
+                )  # fmt: skip
         rows[:, : self._columns].copy_(made)
         for each in self._lowered.ranges:
             rows[:, slice(*each.columns)].copy_(self._range(each, made))

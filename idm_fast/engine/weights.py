@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 from typing import Any
 
@@ -17,7 +17,7 @@ from idm_fast.kernels.conv2d import PackedWeight
 from idm_fast.models.unet import UNet
 from idm_fast.models.vqgan import Vqgan
 
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
 Recipe = Callable[[State], tuple[Tensor, ...]]
 
 
@@ -31,8 +31,7 @@ class PackedWeights:
     def __init__(self, model: UNet | Vqgan, dtype: torch.dtype, device: torch.device) -> None:
         self.config: Any = model.config  # of the network's kind
         self.dtype, self.device = dtype, device
-        self._state: State = dict(model.state_dict())
-        check_held("Engine", self._state)
+        self._state = _state("Engine", model)
         self._made: dict[object, tuple[Recipe, tuple[Tensor, ...]]] = {}
         self._lock = Lock()
         self.range_checked = -1  # the version whose float16 values are known to fit
@@ -81,8 +80,7 @@ class PackedWeights:
 
         Raises ``IdmFastError``, with nothing changed, for a network of another shape.
         """
-        new: State = dict(model.state_dict())
-        check_held("swap_weights", new)
+        new = _state("swap_weights", model)
         shapes = {name: tuple(tensor.shape) for name, tensor in new.items()}
         for name, tensor in self._state.items():
             if shapes.get(name) != tuple(tensor.shape):
@@ -111,6 +109,29 @@ def check_held(where: str, state: State) -> None:
     for name, tensor in state.items():
         if tensor.is_meta:
             raise IdmFastError(f"{where}: model must have its weights in memory, got {name} on the meta device")
+
+
+class _Turned(Mapping[str, Tensor]):
+    """A state dict whose convolutions are turned by 180 degrees when they are asked for."""
+
+    def __init__(self, state: State) -> None:
+        self._upright = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._upright[name]
+        return tensor.flip(2, 3) if tensor.ndim == 4 and tensor.shape[2] > 1 else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._upright)
+
+    def __len__(self) -> int:
+        return len(self._upright)
+
+
+def _state(where: str, model: UNet | Vqgan) -> State:
+    state: State = dict(model.state_dict())
+    check_held(where, state)
+    return _Turned(state) if isinstance(model, UNet) and model.config.turned else state
 
 
 def _formed(state: State, weight: Weight) -> Tensor:
