@@ -3,7 +3,8 @@
 DIR/report.md: machine and commit, one table a workload, and what lets itself be drawn:
     peers.png                  steps a second by preset and peer
     batch.png, size.png, steps.png   how the cost of a step grows, where a file has several of them
-Compare within a table: its rows took turns in one process. Several files are one machine's runs, or they are refused.
+Compare within a table: its rows took turns in one process, so each file has tables, bars and lines of its own. Several
+files are one machine's runs, or they are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 
 Row = dict[str, Any]
-WORKLOAD = ("preset", "batch", "height", "width", "steps")
+WORKLOAD = ("file", "preset", "batch", "height", "width", "steps")
 # (file, what grows, its label, what is drawn, its label)
 GROWTH = (
     ("batch", "batch", "pictures at once", "ms a step and picture"),
@@ -40,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def load(files: Sequence[Path]) -> dict[str, Any]:
     """One report of several: rows and absences in order, the machine of the first, all commits."""
     found: dict[str, Any] = {"rows": [], "absent": [], "commits": []}
-    for file in files:
+    for number, file in enumerate(files):
         try:
             report = json.loads(file.read_text())
             rows, machine = report["rows"], report["machine"]
@@ -52,7 +53,7 @@ def load(files: Sequence[Path]) -> dict[str, Any]:
                 raise IdmFastError(
                     f"{file}: {key} must be that of the other files = {first.get(key)}, got {machine.get(key)}"
                 )
-        found["rows"] += rows
+        found["rows"] += [{**row, "file": number} for row in rows]
         found["absent"] += [each for each in report.get("absent", []) if each not in found["absent"]]
         if machine.get("commit") not in found["commits"]:
             found["commits"].append(machine.get("commit"))
@@ -60,15 +61,15 @@ def load(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def label(row: Row) -> str:
-    return f"{row['name']} {row['dtype']}"
+    return f"{row['name']} {row['dtype']}{', reusing levels' if row.get('lossy') and row['note'] else ''}"
 
 
 def peers(rows: Sequence[Row], path: Path) -> bool:
-    """Bars of steps a second at batch 1, or the smallest there is; the first walk length of each preset."""
+    """Bars of steps a second at batch 1, or the smallest there is; the first file and walk length of each preset."""
     groups: dict[str, dict[str, float]] = {}
     for preset in dict.fromkeys(row["preset"] for row in rows):
         mine = [row for row in rows if row["preset"] == preset]
-        least = min(mine, key=lambda row: (row["batch"], mine.index(row)))
+        least = min(mine, key=lambda row: (row["file"], row["batch"], mine.index(row)))
         same = [row for row in mine if all(row[key] == least[key] for key in WORKLOAD)]
         groups[preset] = {label(row): row["steps_per_second"] for row in same}
     if not groups or max(map(len, groups.values())) < 2:
@@ -103,7 +104,7 @@ def _cost(row: Row, what: str) -> float:
 
 
 def markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
-    machine = report["machine"]
+    machine, files = report["machine"], dict.fromkeys(row["file"] for row in report["rows"])
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     lines = [
         "# Steps a second",
@@ -114,7 +115,7 @@ def markdown(report: dict[str, Any], pictures: Sequence[str]) -> str:
         "Median of whole walks divided by their steps; the rows of a table took turns in one process. "
         'Compare within a table only. "ours is": how many times faster than that row.',
         "",
-        table(report["rows"]),
+        "\n\n".join(table([row for row in report["rows"] if row["file"] == n]) for n in files),
     ]
     if report["absent"]:
         lines += ["", "Not timed:", ""]

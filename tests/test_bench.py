@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,33 @@ def test_torch_compile(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
         made = one.build(tiny, "fp32", 1)
         assert tiny.run(made.denoise, made.network_dtype).isfinite().all()
     assert asked == {"fullgraph": True, "dynamic": False, "options": {"freezing": True}}
+
+
+def test_torch_compile_with_a_broken_cache(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a library, left by a run that was killed, is compiled anew elsewhere; what else fails is not tried twice."""
+    folders: list[str | None] = []
+    said = "ImportError: /cache/x.main.so: file too short"
+
+    def fails(network: Any, **options: Any) -> Any:
+        folders.append(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+        if len(folders) == 1:
+            raise RuntimeError(said)
+        return network
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    (one,) = [each for each in PEERS if each.name == "torch_compile"]
+    with torch.no_grad():
+        made = one.build(tiny, "fp32", 1)
+        assert tiny.run(made.denoise, made.network_dtype).isfinite().all()
+    assert folders[0] == os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/cache"
+    assert len(folders) == 2
+    assert folders[1] != "/cache"
+    folders.clear()
+    said = "no compiler"
+    with pytest.raises(RuntimeError, match="no compiler"):
+        one.build(tiny, "fp32", 1)
+    assert folders == ["/cache"]
 
 
 def test_the_pause_is_not_timed() -> None:

@@ -58,16 +58,36 @@ def results(folder: Path, name: str, rows: list[dict[str, Any]], **machine: Any)
     return path
 
 
+def test_runs_are_not_mixed(report: ModuleType, tmp_path: Path) -> None:
+    """The same workload in two files is two runs: their rows did not take turns."""
+    first = results(tmp_path, "a.json", [row(), row("openvino", ms_per_step=15.0)])
+    second = results(tmp_path, "b.json", [row(ms_per_step=30.0), row(batch=2, ms_per_step=31.0)])
+    found = report.load([first, second])
+    text = report.markdown(found, [])
+    assert text.count("idm-128, 128 x 128, batch 1, 4 steps") == 2
+    assert "1.50x" in text
+    assert "3.00x" not in text
+    drawn: dict[str, Any] = {}
+    plot_bars = report.plot.bars
+    try:
+        report.plot.bars = lambda path, groups, *rest: drawn.update(groups)
+        assert report.peers(found["rows"], tmp_path / "peers.png")
+    finally:
+        report.plot.bars = plot_bars
+    assert drawn["idm-128"] == {"idm_fast bf16": pytest.approx(100), "openvino bf16": pytest.approx(1e3 / 15)}
+
+
 def test_a_report(report: ModuleType, tmp_path: Path) -> None:
     first = results(tmp_path, "a.json", [row(), row("openvino", ms_per_step=15.0, note="OpenVINO 1")])
     rest = [row(batch=n, ms_per_step=9.0 * n) for n in (2, 4)]
     rest += [row(height=side, width=side, ms_per_step=side / 10) for side in (64, 256)]
-    rest += [row(steps=8)]
+    rest += [row(steps=n) for n in (8, 16)]
     second = results(tmp_path, "b.json", rest, commit="def")
     assert report.main([str(first), str(second), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "a CPU, 2 threads" in text
     assert "commit abc, def" in text
+    assert report.load([first, second])["rows"][-1]["file"] == 1
     assert "| openvino | bf16" in text.replace("  ", " ")
     assert "1.50x" in text
     assert text.count("- xformers (idm-128): runs on cuda only") == 1

@@ -81,8 +81,8 @@ def _rms(error: Tensor) -> float:
 
 
 EXACT = 5e-6  # 6e-7 is the most that was seen; an attention's scale off by a tenth gives 2e-3
-# A forward has at most the launches of "statistics in the epilogue, apply separate" that the design allows it, or
-# stays within a few of it; a change that adds a pass shows here.
+# One for each convolution, norm's coefficients and attention, three for the step (time row, update, counter), and in
+# gd-256 5 norms and 15 pools and repeats of blocks that change resolution inside; a change that adds a pass shows here.
 LAUNCHES = {
     "gen-64": 52,
     "idm-64": 66,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,23 @@ def with_xformers(workload: Workload, dtype: str, threads: int) -> Built:
 
 
 def compiled(workload: Workload, dtype: str, threads: int) -> Built:
-    """CUDA: max-autotune, which captures CUDA graphs. CPU: with freezing, which packs weights beforehand."""
+    """CUDA: max-autotune, which captures CUDA graphs. CPU: with freezing, which packs weights beforehand.
+
+    Compiled here, before any timing. A run that was killed leaves half a library in torch's cache, which then fails to
+    load at each later one: once more then, in a cache of its own.
+    """
+    try:
+        return _compiled(workload, dtype)
+    except Exception as error:
+        if "ImportError" not in str(error):
+            raise
+        torch.compiler.reset()
+        # What is loaded stays loaded when its file goes.
+        with TemporaryDirectory() as folder, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+            return _compiled(workload, dtype)
+
+
+def _compiled(workload: Workload, dtype: str) -> Built:
     network = plain(workload.module(DTYPES[dtype]))
     if workload.device.type == "cuda":
         made = torch.compile(network, mode="max-autotune", fullgraph=True, dynamic=False)
