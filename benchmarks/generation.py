@@ -1,7 +1,7 @@
 """Does cleaned data make a better generator? The same small diffusion model, steps and seeds on several data sets.
 
     python benchmarks/generation.py --sets original=sets/original spoiled=sets/spoiled cleaned=rounds/data-1 \
-        --reference sets/original --seeds 0 1 2 --steps 1500 --out runs/generation
+        --reference sets/original --seeds 0 1 2 --out runs/generation
 
 Trains OUT/NAME-SEED for every set and seed, makes --samples faces with each (the same seeds of noise for all), and
 measures FD-VGG to the reference's split val, which no run has seen, and to its split train. A killed command goes on
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,10 @@ class Judge:
                 save_file(known, temporary)
         return cls(vgg, held_out, known["val"], known["train"])
 
+    def name(self) -> str:
+        """Another one for every other reference."""
+        return digest(torch.cat([self.val, self.train]).numpy().tobytes())
+
     def distances(self, seen: Tensor) -> dict[str, dict[str, float]]:
         """FD-VGG of features ``seen`` [N, 512] to both references; intervals from leaving out samples, not seeds."""
 
@@ -111,29 +117,18 @@ def features(vgg: Lpips, images: Tensor) -> Tensor:
     return torch.cat([vgg.trunk(part)[-1].mean(dim=(2, 3)) for part in tqdm(parts, desc="features", disable=None)])
 
 
-def trained(settings: GeneratorSettings) -> native.Checkpoint:
-    """The model of a run, which is trained first where it is not finished."""
-    GeneratorTrainer(settings).run()
-    return native.load(settings.out / "model.safetensors")
-
-
-def samples(settings: GeneratorSettings, model: native.Checkpoint, options: argparse.Namespace) -> Tensor:
-    """``options.samples`` faces of ``model``, from its file of samples where they are of these weights."""
-    steps = options.sampling_steps or model.config.steps
-    file, stamp = settings.out / "samples.safetensors", model.module.state_dict()["out_conv.weight"].contiguous()
-    known = load_file(file) if file.is_file() else {}
-    as_asked = torch.tensor([options.samples, steps, model.notes["steps"]])
-    if not {"pixels", "asked", "stamp"} <= known.keys() or not (
-        torch.equal(known["asked"], as_asked) and torch.equal(known["stamp"], stamp)
-    ):
-        generator = Generator(model.config, model.module, torch.device("cpu"), torch.float32)
-        seeds = torch.arange(_FIRST_SAMPLE, _FIRST_SAMPLE + options.samples)
-        with tqdm(total=options.samples, unit="face", desc=settings.out.name, disable=None) as bar:
-            images = generator.generate(seeds, steps, batch_size=_BATCH, progress=lambda n: bar.update(n - bar.n))
-        known = {"pixels": ((images + 1) * 127.5).round().byte(), "asked": as_asked, "stamp": stamp}
-        with atomic(file) as temporary:
-            save_file(known, temporary)
-    return known["pixels"].float() / 127.5 - 1
+def samples(model: native.Checkpoint, settings: GeneratorSettings, options: argparse.Namespace) -> Tensor:
+    """``options.samples`` faces of ``model``, also written beside it."""
+    generator = Generator(model.config, model.module, torch.device("cpu"), torch.float32)
+    seeds = torch.arange(_FIRST_SAMPLE, _FIRST_SAMPLE + options.samples)
+    with tqdm(total=options.samples, unit="face", desc=settings.out.name, disable=None) as bar:
+        images = generator.generate(
+            seeds, options.sampling_steps, batch_size=_BATCH, progress=lambda n: bar.update(n - bar.n)
+        )
+    pixels = ((images + 1) * 127.5).round().byte()
+    with atomic(settings.out / "samples.safetensors") as temporary:
+        save_file({"pixels": pixels}, temporary)
+    return pixels.float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -156,18 +151,49 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def measure(settings: GeneratorSettings, judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of the results: a run's distances and losses."""
-    model = trained(settings)
-    curve = losses(settings.out)
-    last = [value for step, value in curve if step > (1 - _LAST_PART) * settings.steps]
-    return {
-        **judge.distances(features(judge.vgg, samples(settings, model, options))),
-        "held_out_loss": held_out_loss(model, settings, judge.held_out),
-        "last_loss": float(np.mean(last)),
-        "last_loss_deviation": float(np.std(last)),
-        "minutes": round(60 * model.notes["hours"], 1),
-        "curve": curve,
-    }
+    """The row of a run, which is trained first where it is not finished: distances and losses."""
+    GeneratorTrainer(settings).run()  # writes the same file again where it is finished
+    file = settings.out / "model.safetensors"
+
+    def row() -> dict[str, Any]:
+        model, curve = native.load(file), losses(settings.out)
+        last = [value for step, value in curve if step > (1 - _LAST_PART) * settings.steps]
+        return {
+            **judge.distances(features(judge.vgg, samples(model, settings, options))),
+            "held_out_loss": held_out_loss(model, settings, judge.held_out),
+            "last_loss": float(np.mean(last)),
+            "last_loss_deviation": float(np.std(last)),
+            "minutes": round(60 * model.notes["hours"], 1),
+            "curve": curve,
+        }
+
+    asked = [options.samples, options.sampling_steps, judge.name(), digest(file.read_bytes())]
+    return kept(settings.out / "measured.json", asked, row)
+
+
+def measure_set(pixels: Pictures, file: Path, judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of the pictures themselves, as many of them as samples of a run: what a perfect generator would reach."""
+    drawn = torch.from_numpy(np.random.default_rng(0).permutation(len(pixels))[: options.samples])
+
+    def row() -> dict[str, Any]:
+        return {"faces": len(pixels)} | judge.distances(features(judge.vgg, pixels.images(drawn)))
+
+    return kept(file, [options.samples, judge.name(), digest(pixels.pixels.numpy().tobytes())], row)
+
+
+def kept(file: Path, asked: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` gives, from ``file`` where the same was ``asked`` before."""
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if known.get("asked") != asked:
+        known = {"asked": asked, "row": make()}
+        with atomic(file) as temporary:
+            temporary.write_text(json.dumps(known))
+    row: dict[str, Any] = known["row"]
+    return row
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -181,10 +207,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     judge = Judge.of(options.reference, size, options.out)
     rows = []
     for name, folder in sets.items():
-        pixels = Pictures(folder, "train", size)
-        drawn = torch.from_numpy(np.random.default_rng(0).permutation(len(pixels))[: options.samples])
-        rows.append({"set": name, "seed": None, "faces": len(pixels)}
-                    | judge.distances(features(judge.vgg, pixels.images(drawn))))  # fmt: skip
+        row = measure_set(Pictures(folder, "train", size), options.out / f"{name}.json", judge, options)
+        rows.append({"set": name, "seed": None} | row)
     for seed in options.seeds:  # the outer loop: what is finished first is a comparison, not a set
         for name, folder in sets.items():
             settings = replace(first, data=folder, out=options.out / f"{name}-{seed}", seed=seed)

@@ -286,7 +286,7 @@ PRESETS: dict[str, ModelConfig] = {
             image_size=64, model_channels=64, channel_mult=(1, 2), num_res_blocks=(1, 2), unshuffle=4,
             num_head_channels=64, embed_channels=128, norm_groups=8,
         ),
-        _OURS, "dpmpp_2m", 25,
+        _OURS, "ddpm", 25,
     ),
     "sr3-128": ModelConfig(
         "sr3-128",

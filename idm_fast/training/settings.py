@@ -97,8 +97,8 @@ class GeneratorSettings(RunSettings):
     """
 
     preset: str = "gen-64"
-    steps: int = 1_500
-    batch_size: int = 32
+    steps: int = 2_500
+    batch_size: int = 16
     learning_rate: float = 1e-3
     warmup: int = 50
     decay_fraction: float = 0.5
