@@ -135,6 +135,13 @@ def test_pictures_with_twins_are_compared_and_others_are_not(run: Any, faces: Pa
     assert found["rows"][1]["metrics"]["ssim"]["mean"] == pytest.approx(1)
 
 
+def test_samples_are_never_compared_with_a_face_of_the_same_name(run: Any, faces: Path) -> None:
+    code, found = run("--samples", faces / "val", "--pictures", faces, "--metrics", "psnr")
+    assert code == 0
+    assert [(r["name"], r["pictures"], r["pairs"]) for r in found["rows"]] == [("faces", 6, 5), ("val", 5, 0)]
+    assert found["rows"][1]["metrics"] == {}
+
+
 def test_twins_are_found_where_the_split_has_its_own_folder(faces: Path, tmp_path: Path) -> None:
     clean = sorted((faces / "val").iterdir())
     for path in clean[:2]:

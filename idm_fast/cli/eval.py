@@ -32,8 +32,8 @@ from idm_fast.training.degradation import DEGRADATION_VERSION, LEVELS
 
 _DESCRIPTION = """Judges restorers, and sets of pictures, against a reference set of clean faces. A restorer is shown
 the faces spoiled by fixed degradations, next to the degraded input itself and to a restorer that has learnt nothing
-(denoise + sharpen). Pictures are judged as they are: those that have the name of a clean face are compared with it, all
-of them as a set."""
+(denoise + sharpen). Pictures are judged as they are: --pictures that have the name of a clean face are compared with
+it, and all of them, and --samples, as a set."""
 _EPILOG = """metrics, of a picture and its clean twin: psnr, ssim, lpips_alex, lpips_vgg, recognition (distance of face
 recognition embeddings; one person is below 0.6), landmarks (mean distance of five landmarks, in per cent of the
 distance of the eyes; pictures without a face are counted and named); of a picture alone: niqe; of a set, against the
@@ -50,6 +50,7 @@ examples:
   idm-fast eval --data faces --model idm-face-128 --steps 1 2 4 8 16 --sampler ddim dpmpp_2m --plots plots
   idm-fast eval --data faces --model idm-face-128 --model runs/mine/model.safetensors --json mine.json
   idm-fast eval --data faces --pictures theirs --pictures cleaned --metrics psnr lpips_alex niqe
+  idm-fast eval --data faces --split val --size 64 --samples generated         of a model that draws faces
 """
 METRICS = (*FaceMetrics.PAIRED, *FaceMetrics.ALONE, "fd_vgg")
 _SHARP_PX = 250  # native side of the crops that are no enlargements, as in training
@@ -73,7 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--levels", nargs="+", choices=list(LEVELS), help="of degradation (default: all)")
     p.add_argument("--no-baseline", action="store_true", help="leave out the denoise + sharpen rows")
     p = parser.add_argument_group("pictures")
-    p.add_argument("--pictures", action="append", default=[], type=Path, metavar="DIR", help="may be repeated")
+    for flag, text in (
+        ("--pictures", "restored or cleaned ones; compared with the clean face of the same name"),
+        ("--samples", "generated ones; whatever their names, judged only as a set"),
+    ):
+        p.add_argument(flag, action="append", default=[], type=Path, metavar="DIR", help=f"{text}; may be repeated")
     p = parser.add_argument_group("metrics")
     known = (*METRICS, "fid")
     p.add_argument("--metrics", nargs="+", choices=known, metavar="NAME", help=f"default: {' '.join(METRICS)}")
@@ -100,11 +105,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     faces = _faces(args)
     paths = [face.path for face in faces]
-    levels = list(dict.fromkeys(args.levels or (list(LEVELS) if args.model or not args.pictures else [])))
+    levels = list(
+        dict.fromkeys(args.levels or (list(LEVELS) if args.model or not (args.pictures or args.samples) else []))
+    )
     subjects = _subjects(args) if levels else []
     sets: list[PictureSet] = []
-    for folder in {folder.resolve(): folder for folder in args.pictures}.values():
-        sets.append(picture_set(folder, paths, args.data, args.size, [known.name for known in sets]))
+    for kind, clean in ((args.pictures, paths), (args.samples, [])):
+        for folder in {folder.resolve(): folder for folder in kind}.values():
+            sets.append(picture_set(folder, clean, args.data, args.size, [known.name for known in sets]))
     check_headers([*paths, *(path for each in sets for path in each.paths)], args.size)
     metrics = _metrics(args, faces)
     reference = _named(args)

@@ -82,7 +82,8 @@ def evaluate(
     found = _joined(judged)
     own = _of(found, CLEAN)
     names = names or [f"face {i}" for i in range(done)]
-    rows = [_row("-", Subject(CLEAN, _nothing), own, {}, seed, names)] if set(own) & set(metrics.ALONE) else []
+    alone = {key: values for key, values in own.items() if key in metrics.ALONE}
+    rows = [_row("-", Subject(CLEAN, _nothing), alone, {}, seed, names)] if alone else []
     for level in levels:
         for index, subject in enumerate(subjects):
             rows.append(_row(level, subject, _of(found, f"{level}/{index}"), own, seed, names, pairs=done))

@@ -155,4 +155,4 @@ def _without(row: Row) -> str:
         what = "no face was found" if key == "landmarks" else "there was no value"
         said.append(f"{LABELS[key][:-2]}: {what} in {', '.join(names[:_MOST_NAMED])}{more}")
     which = f"{row.name}, {row.steps} steps" if row.steps else row.name
-    return f"- {row.level}, {which}: {'; '.join(said)}."
+    return f"- {'' if row.level == '-' else f'{row.level}, '}{which}: {'; '.join(said)}."
