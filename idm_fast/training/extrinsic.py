@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from idm_fast.diffusion import Schedule, build_table
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
 from idm_fast.registry import find_files
-from idm_fast.training import distributed, round_table
+from idm_fast.training import distributed, judging, round_table
 from idm_fast.training.data import list_faces
 from idm_fast.training.intrinsic import Trainer, trainable
 from idm_fast.training.rounds import Ledger, Part, RoundSettings, digest, fingerprint
@@ -35,6 +36,17 @@ _LEAST_MINUTES = 1e-9  # a budget that is used up still buys one step, so that e
 
 class _OutOfTimeError(Exception):
     """Raised from a progress callback: what is done so far is kept."""
+
+
+def _stopper(minutes: float | None) -> Callable[[], None]:
+    """To be called now and then: raises when ``minutes`` from now have passed."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def stop() -> None:
+        if end is not None and time.monotonic() > end:
+            raise _OutOfTimeError
+
+    return stop
 
 
 class Rounds:
@@ -56,7 +68,7 @@ class Rounds:
             list_faces(first.data, "train", settings.training(Part("train", number)).min_native_px)
         self._check_cleaning()
         if settings.judge is not None:
-            round_table.check(settings.judge, first.data)
+            judging.check(settings.judge, first.data)
         self.ledger = Ledger(first.out / "rounds.json")  # that of process 0 is the one that counts
         self.group = distributed.Group(0, 1, distributed.own_device())
 
@@ -69,10 +81,7 @@ class Rounds:
         build_table(Schedule.from_config(d), d.prediction, s.sampler or "ddim", s.steps, start=s.strength)
 
     def run(self, budget_minutes: float | None = None) -> bool:
-        """Does all parts that are not finished; False when ``budget_minutes`` were over before (run it again).
-
-        Judging is not cut short: its minutes may come on top.
-        """
+        """Does all parts that are not finished; False when ``budget_minutes`` were over before (run it again)."""
         self.group = distributed.join(patient=True)
         self.group.on_main(self._open)
         started, worked, finished = time.monotonic(), False, True
@@ -107,15 +116,13 @@ class Rounds:
         (self.settings.folder(part) / "state.pt").unlink(missing_ok=True)
 
     def _is_finished(self, part: Part) -> bool:
-        if part.kind != "judge":
-            return part.name in self.ledger.done
-        return self._figures(part) is not None
+        return self._figures(part) is not None if part.kind == "judge" else part.name in self.ledger.done
 
     def _do(self, part: Part, minutes: float | None) -> bool:
         """Does ``part``, or what ``minutes`` of time allow of it; whether it is finished."""
         if part.kind == "train":
             return self._load(part) if self._is_given(part) else self._train(part, minutes)
-        return self._clean(part, minutes) if part.kind == "clean" else self._judge(part)
+        return self._clean(part, minutes) if part.kind == "clean" else self._judge(part, minutes)
 
     def _is_given(self, part: Part) -> bool:
         return part.round == 0 and self.settings.first.init_from is not None
@@ -172,58 +179,65 @@ class Rounds:
         s = self.settings
         source = s.data(0 if s.source == "original" else part.round - 1)
         model, folder = s.model(part.round - 1), s.folder(part)
-        stopped = False
         self._say(f"{part.name}: R_{part.round - 1} cleans {source.name}")
 
         def work() -> None:
-            nonlocal stopped
             self._check_inputs(part)
-            started = time.monotonic()
+            stop = _stopper(minutes)
             with tqdm(total=0, unit="picture", disable=None) as bar:
 
                 def progress(done: int, total: int, summary: CleanSummary, record: dict[str, Any] | None) -> None:
                     bar.total = total
                     bar.update(done - bar.n)
-                    over = minutes is not None and time.monotonic() - started > 60 * minutes
-                    if over and record is not None:  # a call with no record comes before the first picture
-                        raise _OutOfTimeError
+                    if record is not None:  # a call with no record comes before the first picture
+                        stop()
 
-                try:
-                    summary = clean(source, folder, model, s.clean, workers=s.clean_workers, progress=progress)
-                except _OutOfTimeError:
-                    stopped = True
-                    return
+                summary = clean(source, folder, model, s.clean, workers=s.clean_workers, progress=progress)
             faces = fingerprint(list_faces(folder, "train"), folder)
             facts = {name: getattr(summary, name) for name in round_table.COUNTS}
             self.ledger.finish(part, {"source": source.name, "model": model.parent.name, "faces": faces} | facts)
 
-        self.group.on_main(work)
-        return not self.group.agree(int(stopped))
+        return self._within_time(work)
 
-    def _figures(self, part: Part) -> round_table.Figures | None:
+    def _key(self, part: Part) -> dict[str, Any]:
+        """What the figures of a trained part are to be made of."""
+        assert self.settings.judge is not None
+        model, first = (self.ledger.done[each.name]["sha256"] for each in (part, Part("train", 0)))
+        return judging.key(self.settings.judge, self.settings.first.data, model, first if part.round else None)
+
+    def _figures(self, part: Part) -> judging.Figures | None:
         """What the model of ``part`` was judged to be, where that was done as it is asked for now."""
-        trained = self.ledger.done.get(Part("train", part.round, part.control).name)
-        if trained is None or self.settings.judge is None:
-            return None
-        key = round_table.key(self.settings.judge, self.settings.first.data, trained["sha256"])
-        return round_table.read(self.settings.folder(part) / "figures.json", key)
+        return judging.read(self.settings.folder(part), self._key(part)) if part.name in self.ledger.done else None
 
-    def _judge(self, part: Part) -> bool:
+    def _judge(self, part: Part, minutes: float | None) -> bool:
         s = self.settings
 
         def work() -> None:
             assert s.judge is not None
-            model = s.model(part.round, part.control)
-            sha256 = self.ledger.check_model(Part("train", part.round, part.control), model)
-            figures = round_table.judge(
-                model, round_table.label(part.name), s.judge, s.first.data, sha256, self.group.device, part.round == 0
-            )
-            round_table.write(s.folder(part) / "figures.json", figures)
+            self.ledger.check_model(part, s.model(part.round, part.control))
+            first = s.folder(Part("train", 0)) if part.round else None
+            judging.judge(
+                s.folder(part), round_table.label(part.name), s.judge, s.first.data, self._key(part),
+                device=self.group.device, first=first, between=_stopper(minutes),
+            )  # fmt: skip
             self._write_table()
 
         self._say(f"{part.name}: judging")
-        self.group.on_main(work)
-        return True
+        return self._within_time(work)
+
+    def _within_time(self, work: Callable[[], None]) -> bool:
+        """Process 0 does ``work``; whether it was not out of time before the end."""
+        stopped = False
+
+        def tried() -> None:
+            nonlocal stopped
+            try:
+                work()
+            except _OutOfTimeError:
+                stopped = True
+
+        self.group.on_main(tried)
+        return not self.group.agree(int(stopped))
 
     def _write_table(self) -> None:
         """The table of what there is so far."""

@@ -1,7 +1,8 @@
 """What a run of extrinsic rounds is asked for, where its files lie, and which of its parts are finished.
 
 OUT/rounds.json              settings, and what each finished part ended with
-OUT/round-0/                 R_0: model.safetensors, log.csv, sheets/, figures.json; state.pt until it is trained
+OUT/round-0/                 R_0: model.safetensors, log.csv, sheets/, figures.json, values.safetensors (face by face);
+                             state.pt until it is trained, judging-.../ until it is judged
 OUT/data-1/                  D_1: the faces as R_0 cleaned them, with the cleaner's manifest
 OUT/round-1/                 R_1, trained on D_1 ...
 OUT/control-1/               the same training on D_0 instead
@@ -175,7 +176,7 @@ class Ledger:
         try:
             kept = json.loads(path.read_text())
             whole = kept["format"] == FORMAT and isinstance(kept["settings"], dict)
-            whole = whole and all(isinstance(facts, dict) for facts in kept["done"].values())
+            whole = whole and all(_is_record(name, facts) for name, facts in kept["done"].items())
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             whole = False
         if not whole:
@@ -203,6 +204,13 @@ class Ledger:
         document = {"format": FORMAT, "settings": self.settings, "done": self.done}
         with atomic(self.path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _is_record(name: str, facts: dict[str, Any]) -> bool:
+    """Whether a finished part says what later parts ask of it."""
+    if name.startswith("data-"):
+        return all(isinstance(facts[key], str) for key in ("faces", "source", "model"))
+    return isinstance(facts["sha256"], str) and isinstance(facts["hours"], float) and "start" in facts
 
 
 def digest(path: Path) -> str:

@@ -12,10 +12,10 @@ import torch
 from idm_fast.checkpoints import native
 from idm_fast.config import PRESETS
 from idm_fast.errors import IdmFastError
-from idm_fast.training import round_table
+from idm_fast.training import judging, round_table
 from idm_fast.training.extrinsic import Rounds, find_start
 from idm_fast.training.intrinsic import Trainer
-from idm_fast.training.rounds import JudgeSettings, RoundSettings
+from idm_fast.training.rounds import JudgeSettings, RoundSettings, digest
 
 
 def test_two_rounds_and_what_they_leave(kit: Any, settings: RoundSettings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,13 +123,14 @@ def test_models_are_judged_once_and_again_when_asked_otherwise(
 ) -> None:
     judged: list[tuple[str, bool]] = []
 
-    def judge(model: Path, name: str, how: JudgeSettings, own: Path, sha256: str, device: Any, with_input: bool) -> Any:
-        judged.append((name, with_input))
-        key = round_table.key(how, own, sha256)
-        return {"key": key, "report": {"conditions": {}, "rows": [{"name": name}]}}
+    def judge(folder: Path, name: str, how: Any, own: Path, wanted: Any, *, first: Path | None, **_: Any) -> None:
+        judged.append((name, first is None))
+        (folder / "values.safetensors").write_text("")
+        figures = {"key": wanted, "report": {"rows": [{"name": name}]}, "values": digest(folder / "values.safetensors")}
+        judging.write_json(folder / "figures.json", figures)
 
-    monkeypatch.setattr(round_table, "judge", judge)
-    monkeypatch.setattr(round_table, "check", lambda *_: None)
+    monkeypatch.setattr(judging, "judge", judge)
+    monkeypatch.setattr(judging, "check", lambda *_: None)
     monkeypatch.setattr(round_table, "write_table", lambda out, done, figures: shown.append([*figures]))
     shown: list[list[Any]] = []
     settings = replace(settings, rounds=1, judge=JudgeSettings())

@@ -37,7 +37,8 @@ them, and the next restorer goes on from it on the cleaned ones.
   OUT/round-0, round-1, ...   R_0, R_1, ...: model.safetensors, log.csv, sheets/, figures.json
   OUT/data-1, data-2, ...     the faces as R_0, R_1, ... cleaned them, each with a manifest
   OUT/control-1, ...          with --control: as many steps on the faces as they were
-  OUT/table.md, table.json    what was kept, blended, rejected; all models' figures on split "val"
+  OUT/table.md, table.json    what was kept, blended, rejected; all models' figures on split "val",
+                              and their changes from R_0 on the same faces
   OUT/rounds.json             the settings, and which parts are finished
 
 Every part goes on where it stopped, a finished one is not done again, other settings are refused."""
