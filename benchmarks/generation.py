@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from idm_fast.bench.machine import machine
 from idm_fast.checkpoints import native
+from idm_fast.engine.precision import chosen_device
 from idm_fast.errors import IdmFastError
 from idm_fast.evaluation.metrics import Estimate, frechet_distance, jackknife
 from idm_fast.files import atomic
@@ -39,6 +40,7 @@ from idm_fast.training.generator import DenoisingLoss, GeneratorTrainer, generat
 from idm_fast.training.pictures import Pictures
 from idm_fast.training.settings import GeneratorSettings
 
+DEVICE = chosen_device(None)
 _BATCH = 50
 _FIRST_SAMPLE = 1_000_000  # seeds of the samples' noise begin here, the same for every run
 _LAST_PART = 0.25  # of a run: where its loss is averaged and its spread taken
@@ -86,15 +88,18 @@ class Judge:
 
     @classmethod
     def of(cls, reference: Path, size: int, cache: Path) -> Judge:
-        vgg, held_out = Lpips("vgg"), Pictures(reference, "val", size)
+        vgg, held_out = Lpips("vgg").to(DEVICE), Pictures(reference, "val", size)
         train = Pictures(reference, "train", size)
-        file = cache / "reference.safetensors"
-        known = load_file(file) if file.is_file() else {}
-        if known.keys() != {"val", "train"} or (len(known["val"]), len(known["train"])) != (len(held_out), len(train)):
-            known = {name: features(vgg, part.images(slice(None))) for name, part in
-                     (("val", held_out), ("train", train))}  # fmt: skip
+        pixels = digest(torch.cat([held_out.pixels, train.pixels]).numpy().tobytes())
+        file = cache / f"reference-{pixels[:12]}.safetensors"
+        if not file.is_file():
+            seen = {
+                "val": features(vgg, held_out.images(slice(None))),
+                "train": features(vgg, train.images(slice(None))),
+            }
             with atomic(file) as temporary:
-                save_file(known, temporary)
+                save_file(seen, temporary)
+        known = load_file(file)
         return cls(vgg, held_out, known["val"], known["train"])
 
     def name(self) -> str:
@@ -114,12 +119,14 @@ class Judge:
 def features(vgg: Lpips, images: Tensor) -> Tensor:
     """Mean relu5_3 features [N, 512] of ``images`` [N, 3, S, S] in [-1, 1]."""
     parts = images.split(_BATCH)
-    return torch.cat([vgg.trunk(part)[-1].mean(dim=(2, 3)) for part in tqdm(parts, desc="features", disable=None)])
+    return torch.cat(
+        [vgg.trunk(part.to(DEVICE))[-1].mean(dim=(2, 3)).cpu() for part in tqdm(parts, desc="features", disable=None)]
+    )
 
 
 def samples(model: native.Checkpoint, settings: GeneratorSettings, options: argparse.Namespace) -> Tensor:
     """``options.samples`` faces of ``model``, also written beside it."""
-    generator = Generator(model.config, model.module, torch.device("cpu"), torch.float32)
+    generator = Generator(model.config, model.module, DEVICE, torch.float32)
     seeds = torch.arange(_FIRST_SAMPLE, _FIRST_SAMPLE + options.samples)
     with tqdm(total=options.samples, unit="face", desc=settings.out.name, disable=None) as bar:
         images = generator.generate(
@@ -135,13 +142,13 @@ def samples(model: native.Checkpoint, settings: GeneratorSettings, options: argp
 def held_out_loss(model: native.Checkpoint, settings: GeneratorSettings, faces: Pictures) -> float:
     """The training loss on faces that no run has seen, at fixed noise: what the data has taught, without its luck."""
     loss = DenoisingLoss(model.config.diffusion, settings.snr_min, settings.snr_max)
-    found = []
+    found, network = [], model.module.to(DEVICE)
     for first in range(0, len(faces), _BATCH):
-        x0 = faces.images(slice(first, first + _BATCH))
+        x0 = faces.images(slice(first, first + _BATCH)).to(DEVICE)
         for level in range(_TIMES):
             u = np.full(len(x0), (level + 0.5) / _TIMES)
-            seeds = torch.arange(first, first + len(x0)) + (level << 32)
-            found.append((float(loss(model.module, x0, u, seeds)), len(x0)))
+            seeds = torch.arange(first, first + len(x0), device=DEVICE) + (level << 32)
+            found.append((float(loss(network, x0, u, seeds)), len(x0)))
     return sum(value * count for value, count in found) / sum(count for _, count in found)
 
 
@@ -219,7 +226,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "preset": options.preset, "steps": options.steps, "batch_size": options.batch_size,
         "learning_rate": options.learning_rate, "precision": options.precision, "samples": options.samples,
         "sampling_steps": options.sampling_steps or generating(options.preset).steps,
-        "sampler": generating(options.preset).sampler, "loss_of_last": _LAST_PART, "machine": machine("cpu"),
+        "sampler": generating(options.preset).sampler, "loss_of_last": _LAST_PART, "machine": machine(DEVICE),
         "intervals": "jackknife over 20 groups of samples; the reference and the run stay as they are",
     }  # fmt: skip
     return {"conditions": conditions, "rows": rows}
