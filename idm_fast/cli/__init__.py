@@ -78,8 +78,14 @@ def _terminable() -> Iterator[None]:
         yield
         return
 
-    def stop(*_: object) -> None:
-        raise Terminated
+    owner = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        # A worker that was forked has this too: it ends as if nobody had asked.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGTERM, stop)
     try:
