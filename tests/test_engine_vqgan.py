@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from test_engine_graph import FakeRuntime
 from torch import Tensor
 
 from idm_fast.config_vqgan import VqganConfig, vqgan_preset
 from idm_fast.engine import EngineOptions
 from idm_fast.engine.autoencoder import AutoencoderEngine
+from idm_fast.engine.buffers import Arena
 from idm_fast.errors import IdmFastError
 from idm_fast.models.vqgan import Vqgan
 
@@ -163,3 +166,33 @@ def test_what_it_refuses() -> None:
             call(torch.zeros(2, 3, 8, 12, dtype=torch.int64))
     with pytest.raises(IdmFastError, match="cannot be pickled or copied"):
         copy.deepcopy(engine)
+
+
+def test_each_direction_is_one_graph() -> None:
+    """On a runtime that records: captured at the first call, replayed on new images and weights, gone with its owner."""
+    runtime = FakeRuntime()
+    module, x = _network(), _pictures()
+    plain = EngineOptions(backend="torch")  # what the recorder can see
+    expected = AutoencoderEngine.compile(module, SHAPE, dtype="fp32", options=plain)
+    arena = Arena(torch.device("cpu"), runtime)
+    options = EngineOptions(backend="torch", arena=arena)
+    engine = AutoencoderEngine.compile(module, SHAPE, dtype="fp32", options=options)
+    assert arena.graphs.captures == 0
+    latent = expected.encode(x)
+    for _ in range(2):
+        assert torch.equal(engine.encode(x), latent)
+        assert torch.equal(engine.decode(latent), expected.decode(latent))
+        assert torch.equal(engine.decode(latent, quantize=False), expected.decode(latent, quantize=False))
+    assert arena.graphs.captures == runtime.warm_ups == 3
+    assert torch.equal(engine.encode(-x), expected.encode(-x))
+    for each in (engine, expected):
+        each.swap_weights(_network(seed=1))
+    assert torch.equal(engine.encode(x), expected.encode(x))
+    assert arena.graphs.captures == 3
+    other = AutoencoderEngine.compile(module, SHAPE, dtype="fp32", options=replace(options, graph=False))
+    assert torch.equal(other.encode(x), latent)
+    assert arena.graphs.captures == 3
+    del engine
+    gc.collect()
+    assert arena.graphs.nbytes == 0
+    assert runtime.alive == 0
