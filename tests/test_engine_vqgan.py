@@ -169,7 +169,7 @@ def test_what_it_refuses() -> None:
 
 
 def test_each_direction_is_one_graph() -> None:
-    """On a runtime that records: captured at the first call, replayed on new images and weights, gone with its owner."""
+    """On a runtime that records: captured at first, replayed on other images and weights, gone with its owner."""
     runtime = FakeRuntime()
     module, x = _network(), _pictures()
     plain = EngineOptions(backend="torch")  # what the recorder can see
