@@ -142,3 +142,23 @@ def test_through_pytest_benchmark() -> None:
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, cwd=FOLDER.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+
+
+def test_the_autoencoder_is_judged_before_it_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("autoencoder")
+    small = replace(
+        module.vqgan_preset("vq-f4"), model_channels=32, channel_mult=(1, 1), image_size=16, codebook_size=64
+    )
+    monkeypatch.setattr(module, "vqgan_preset", lambda name: small)
+    given = ["--preset", "vq-f4", "--dtype", "fp32", "--device", "cpu", "--seconds", "0.01"]
+    assert module.main([*given, "--json", str(tmp_path / "a.json")]) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["encode", "decode"]
+    assert all(row["ms"].keys() >= {"engine", "torch"} for row in rows)
+    monkeypatch.setattr(module.AutoencoderEngine, "decode", lambda self, z: torch.zeros(1, 3, 16, 16))
+    assert module.main([*given, "--json", str(tmp_path / "b.json")]) == 1
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row.get("wrong") for row in rows] == [None, True]
+    assert "ms" not in rows[1]
+    sys.modules.pop("autoencoder")

@@ -168,6 +168,24 @@ def test_what_it_refuses() -> None:
         copy.deepcopy(engine)
 
 
+def test_another_instruction_set_is_refused() -> None:
+    """Weights of avx2 and avx512 take the same room in another order: the picture would be garbage."""
+    native = pytest.importorskip("idm_fast._C", reason="the native module is not built")
+    before = native.cpu_isa()
+    engine = AutoencoderEngine.compile(_network(), SHAPE, dtype="fp32")
+    latent = engine.encode(_pictures())
+    if before == "baseline":
+        pytest.skip("this machine has no other")
+    native.set_cpu_isa("baseline")
+    try:
+        for call in (lambda: engine.encode(_pictures()), lambda: engine.decode(latent)):
+            with pytest.raises(IdmFastError, match=f"instruction set must be that of compile = {before}, got baseline"):
+                call()
+    finally:
+        native.set_cpu_isa(before)
+    assert torch.equal(engine.encode(_pictures()), latent)
+
+
 def test_each_direction_is_one_graph() -> None:
     """On a runtime that records: captured at first, replayed on other images and weights, gone with its owner."""
     runtime = FakeRuntime()

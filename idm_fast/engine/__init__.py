@@ -7,9 +7,12 @@ autotune.py   back ends by measurement                bind.py        node -> cal
 plan.py       all calls, on their buffers             precision.py   devices, number formats, their limits
 loop.py       a walk call by call                     graph.py       a walk as CUDA graphs (graph_pool.py, runtime.py)
 surroundings.py  what callers set for torch code of their own     lossy.py  8-bit tiers, reuse
-engine.py     ``Engine``: compile, run, memory
+writer.py     what nodes are written with             lower_vqgan.py  the same for a VQGAN
+engine.py     ``Engine``: compile, run, memory        autoencoder.py ``AutoencoderEngine``: encode, decode
+checks.py     what both ask of those who use them
 """
 
+from idm_fast.engine.autoencoder import AutoencoderEngine
 from idm_fast.engine.engine import Engine, EngineOptions, Memory
 
-__all__ = ["Engine", "EngineOptions", "Memory"]
+__all__ = ["AutoencoderEngine", "Engine", "EngineOptions", "Memory"]

@@ -11,21 +11,24 @@ from torch import Tensor
 
 from idm_fast.config_vqgan import VqganConfig
 from idm_fast.engine.autotune import Autotuner
-from idm_fast.engine.bind import Binder
-from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
+from idm_fast.engine.buffers import Arena, images
+from idm_fast.engine.checks import check_instruction_set, check_same, check_shape, check_shared, instruction_set
 from idm_fast.engine.engine import EngineOptions, Memory
 from idm_fast.engine.graph_pool import GraphPool
-from idm_fast.engine.lower import Shape
 from idm_fast.engine.lower_vqgan import LoweredPart, lower_decoder, lower_encoder
-from idm_fast.engine.memory import exhausted, require
-from idm_fast.engine.nodes import Conv, Node
+from idm_fast.engine.memory import exhausted
+from idm_fast.engine.nodes import Node
+from idm_fast.engine.plan import laid_out
 from idm_fast.engine.precision import check_range, chosen_device, chosen_dtype
 from idm_fast.engine.surroundings import shielded
 from idm_fast.engine.weights import PackedWeights
+from idm_fast.engine.writer import Shape
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, use_backend
 from idm_fast.kernels.program import joined
 from idm_fast.models.vqgan import Vqgan
+
+_WHO = "AutoencoderEngine"
 
 
 class Part:
@@ -36,25 +39,18 @@ class Part:
     """
 
     def __init__(self, lowered: LoweredPart, weights: PackedWeights, arena: Arena, tuner: Autotuner) -> None:
-        self.lowered, self.weights = lowered, weights
-        places, self.nbytes = images(lowered.nodes)
-        if self.nbytes > arena.nbytes:
-            require(self.nbytes, weights.device)
-        memory = arena.take(self.nbytes)
-        tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
-        self.x, self.out = tensors[lowered.x], tensors[lowered.out]
-        self.quantised = None if lowered.quantised is None else tensors[lowered.quantised]
-        self.codes = None if lowered.codes is None else tensors[lowered.codes]
-
         def none(dtype: torch.dtype) -> Tensor:  # nothing here depends on a step
             return torch.zeros(1, 1, dtype=dtype, device=weights.device)
 
         row, count = none(torch.float32), none(torch.int64)[0]
-        self.buffers = Buffers(tensors, {}, row, row, row, count, count)
-        binder = Binder(self.buffers, weights, tuner)
-        counts = {n.out_stats: binder.pieces(n) for n in lowered.nodes if isinstance(n, Conv) and n.out_stats}
-        self.buffers.stats, self.stats_nbytes = statistics(lowered.nodes, counts, weights.device)
-        self.calls = [binder.bind(node) for node in lowered.nodes]
+        laid = laid_out(
+            lowered.nodes, weights, arena, tuner, row=row, rows=row, coefficients=row, step=count, seeds=count
+        )
+        self.weights, self.calls, self.stats_nbytes = weights, laid.calls, laid.stats_nbytes
+        self._tensors = tensors = laid.buffers.tensors
+        self.x, self.out = tensors[lowered.x], tensors[lowered.out]
+        self.quantised = None if lowered.quantised is None else tensors[lowered.quantised]
+        self.codes = None if lowered.codes is None else tensors[lowered.codes]
         self._all = joined([bound.call for bound in self.calls])
         self._behind_codebook = joined([bound.call for bound in self.calls[1:]])
         self._checked = -1  # the version of the weights whose float16 values are known to fit
@@ -68,7 +64,7 @@ class Part:
         """At the first images of new weights in float16: whether it has run, and written over its input."""
         if self.weights.dtype != torch.float16 or self._checked == self.weights.version:
             return False
-        check_range(self.calls, self.buffers.tensors)
+        check_range(self.calls, self._tensors)
         self._checked = self.weights.version
         return True
 
@@ -82,12 +78,12 @@ class AutoencoderEngine:
     def __init__(self, config: VqganConfig, weights: PackedWeights, arena: Arena, parts: tuple[Part, Part]) -> None:
         self.config, self.weights, self.arena = config, weights, arena
         self.encoder, self.decoder = parts
-        self._graphs = False
-        self._owner = -1
+        self._isa = instruction_set()
+        self._graphs, self._owner = False, -1
 
     def __reduce__(self) -> NoReturn:
         raise IdmFastError(
-            "AutoencoderEngine: a compiled plan has addresses in it and cannot be pickled or copied; compile it anew"
+            f"{_WHO}: a compiled plan has addresses in it and cannot be pickled or copied; compile it anew"
         )
 
     @classmethod
@@ -111,7 +107,10 @@ class AutoencoderEngine:
         kind, quantised = chosen_dtype(dtype, place)
         if quantised:
             raise IdmFastError(f"dtype must be fp32, bf16 or fp16 for an autoencoder, got {dtype}")
-        _check(model, shape, options, kind, place)
+        check_shape(_WHO, shape, model.config.factor)
+        if options.cache_every != 1:
+            raise IdmFastError(f"{_WHO}: cache_every must be 1, got {options.cache_every}")
+        check_shared(_WHO, options.weights, options.arena, model.config, kind, place)
         weights = options.weights or PackedWeights(model, kind, place)
         tuner = Autotuner(options.autotune, options.cache)
         arena = options.arena or Arena(place)
@@ -155,7 +154,8 @@ class AutoencoderEngine:
         part = self.decoder
         assert part.quantised is not None
         assert part.codes is not None
-        _same("latent", latent, part.x)
+        check_instruction_set(_WHO, self._isa)
+        check_same(_WHO, "latent", latent, part.x)
         with self.arena.turn():
             part.x.copy_(latent)
             part.calls[0].call()
@@ -172,12 +172,18 @@ class AutoencoderEngine:
         with self.arena.turn():
             self.weights.swap(model)
 
+    def release_graphs(self) -> None:
+        """Forgets all captured graphs of the arena; the next call captures its own anew, as torch is set then."""
+        with self.arena.turn():
+            self.arena.graphs.release()
+
     def memory(self) -> Memory:
         workspace = self.arena.nbytes + self.encoder.stats_nbytes + self.decoder.stats_nbytes
         return Memory(self.weights.nbytes, workspace, self.arena.graphs.nbytes)
 
     def _run(self, key: str, part: Part, place: Tensor, given: Tensor) -> None:
-        _same("x" if part is self.encoder else "latent", given, place)
+        check_instruction_set(_WHO, self._isa)
+        check_same(_WHO, "x" if part is self.encoder else "latent", given, place)
         place.copy_(given)
         if part.check_range():
             place.copy_(given)
@@ -196,29 +202,3 @@ class AutoencoderEngine:
         """Each direction becomes a graph at its first call."""
         self._graphs, self._owner = True, graphs.new_owner()
         weakref.finalize(self, graphs.abandon, self._owner).atexit = False
-
-
-def _check(model: Vqgan, shape: Shape, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> None:
-    factor, (_, height, width) = model.config.factor, shape
-    if min(shape) < 1 or height % factor or width % factor:
-        raise IdmFastError(
-            f"AutoencoderEngine: shape must be (N, H, W) with N >= 1 and H and W multiples of {factor}, "
-            f"got {tuple(shape)}"
-        )
-    if options.cache_every != 1:
-        raise IdmFastError(f"AutoencoderEngine: cache_every must be 1, got {options.cache_every}")
-    weights, arena = options.weights, options.arena
-    if weights is not None and (weights.config, weights.dtype, weights.device) != (model.config, dtype, device):
-        raise IdmFastError(
-            f"AutoencoderEngine: weights must be of the model's configuration in {dtype} on {device}, got those of "
-            f"another: {weights.dtype} on {weights.device}"
-        )
-    if arena is not None and arena.device.type != device.type:
-        raise IdmFastError(f"AutoencoderEngine: arena must be on {device}, got {arena.device}")
-
-
-def _same(name: str, given: Tensor, expected: Tensor) -> None:
-    if given.shape != expected.shape or not given.is_floating_point():
-        raise IdmFastError(
-            f"AutoencoderEngine: {name} must be float {list(expected.shape)}, got {given.dtype} {list(given.shape)}"
-        )

@@ -14,10 +14,11 @@ from torch import Tensor
 from idm_fast.diffusion import Guidance, SamplerTable
 from idm_fast.engine.autotune import Autotuner, Policy
 from idm_fast.engine.buffers import Arena
+from idm_fast.engine.checks import check_instruction_set, check_same, check_shape, check_shared, instruction_set
 from idm_fast.engine.graph import GraphLoop
 from idm_fast.engine.loop import EagerLoop, Loop
 from idm_fast.engine.lossy import check_reuse
-from idm_fast.engine.lower import Shape, lower
+from idm_fast.engine.lower import lower
 from idm_fast.engine.memory import exhausted
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import Plan
@@ -25,9 +26,9 @@ from idm_fast.engine.precision import chosen_device, chosen_dtype
 from idm_fast.engine.surroundings import shielded
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
+from idm_fast.engine.writer import Shape
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, use_backend
-from idm_fast.kernels.extension import native
 from idm_fast.models.unet import UNet
 
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -73,7 +74,7 @@ class Engine:
     def __init__(self, plan: Plan, table: SamplerTable, weights: PackedWeights, arena: Arena, loop: Loop) -> None:
         self._plan, self._tables, self._loop, self.weights, self.arena = plan, plan.tables, loop, weights, arena
         self._table = table
-        self._isa = _isa()
+        self._isa = instruction_set()
 
     def __reduce__(self) -> NoReturn:
         raise IdmFastError(
@@ -102,7 +103,7 @@ class Engine:
         kind, quantised = chosen_dtype(dtype, place, options.backend)
         _check(model, shape)
         weights = options.weights or PackedWeights(model, kind, place)
-        _fits(options, model, kind, place)
+        check_shared("Engine", options.weights, options.arena, model.config, kind, place)
         check_reuse(model.config, options.cache_every)
         learned = table.learned_variance
         if learned and model.config.out_channels != 2 * model.config.in_channels:
@@ -202,14 +203,13 @@ class Engine:
     def _begin(self, start: Tensor, seeds: Tensor, cond: Tensor | None, evaluations: int | None) -> None:
         """Puts the images where the plan reads them, and has the loop ready for a walk, or for single steps (None)."""
         plan = self._plan
-        if self._isa != _isa():  # weights are packed in its order
-            raise IdmFastError(f"Engine: instruction set must be that of compile = {self._isa}, got {_isa()}")
-        _same("start", start, plan.x)
-        _same("seeds", seeds, plan.seeds)
+        check_instruction_set("Engine", self._isa)
+        check_same("Engine", "start", start, plan.x)
+        check_same("Engine", "seeds", seeds, plan.seeds)
         if (cond is None) != (plan.cond is None):
             raise IdmFastError(f"Engine: cond must be {'none' if plan.cond is None else 'given'}, got the contrary")
         if cond is not None and plan.cond is not None:
-            _same("cond", cond, plan.cond)
+            check_same("Engine", "cond", cond, plan.cond)
         self._put(start, seeds, cond)
         try:
             if self._loop.prepare(evaluations):
@@ -289,17 +289,9 @@ class Engine:
                 around(bound.node, bound.call)
 
 
-def _isa() -> str:
-    return "none" if native is None else str(native.cpu_isa())
-
-
 def _check(model: UNet, shape: Shape) -> None:
-    c, multiple = model.config, model.config.size_multiple
-    _, height, width = shape
-    if min(shape) < 1 or height % multiple or width % multiple:
-        raise IdmFastError(
-            f"Engine: shape must be (N, H, W) with N >= 1 and H and W multiples of {multiple}, got {tuple(shape)}"
-        )
+    c = model.config
+    check_shape("Engine", shape, c.size_multiple)
     if c.num_classes:
         raise IdmFastError(f"Engine: model must have no classes = 0, got {c.num_classes}")
     for name, only in (("middle_scale", 1), ("center_input", False)):
@@ -307,29 +299,3 @@ def _check(model: UNet, shape: Shape) -> None:
             raise IdmFastError(
                 f"Engine: model must have {name} = {only}, got {getattr(c, name)} (engine=False runs plain modules)"
             )
-
-
-def _fits(options: EngineOptions, model: UNet, dtype: torch.dtype, device: torch.device) -> None:
-    """What is shared must be of the same kind."""
-    weights, arena = options.weights, options.arena
-    kind = (model.config, dtype)
-    if weights is not None and not ((weights.config, weights.dtype) == kind and _at(weights.device, device)):
-        raise IdmFastError(
-            f"Engine: weights must be of the model's configuration in {dtype} on {device}, got {weights.dtype} on "
-            f"{weights.device}{'' if weights.config == model.config else ' of another configuration'}"
-        )
-    if arena is not None and not _at(arena.device, device):
-        raise IdmFastError(f"Engine: arena must be on {device}, got {arena.device}")
-
-
-def _at(place: torch.device, other: torch.device) -> bool:
-    """ "cuda" is taken for "cuda:0"."""
-    return (place.type, place.index or 0) == (other.type, other.index or 0)
-
-
-def _same(name: str, given: Tensor, expected: Tensor) -> None:
-    if given.shape != expected.shape or given.is_floating_point() != expected.is_floating_point():
-        raise IdmFastError(
-            f"Engine: {name} must be {'float' if expected.is_floating_point() else 'int64'} {list(expected.shape)}, "
-            f"got {given.dtype} {list(given.shape)}"
-        )

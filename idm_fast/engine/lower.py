@@ -6,17 +6,14 @@ and the convolution behind it applies it on the way in. What depends on the cond
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from idm_fast.engine.lossy import TIERS
 from idm_fast.engine.nodes import (
     Advance,
-    Attend,
-    Coefficients,
     Columns,
     Conv,
     EightBit,
@@ -24,7 +21,6 @@ from idm_fast.engine.nodes import (
     Norm,
     Resample,
     SpreadNoise,
-    StatsValue,
     TimeRow,
     Turn,
     Unshuffle,
@@ -32,15 +28,9 @@ from idm_fast.engine.nodes import (
     Value,
     Weight,
 )
-from idm_fast.models.blocks import Attention, Downsample, NormSiLU, ResBlock, Upsample
+from idm_fast.engine.writer import Image, Shape, Writer, without_unread_stats
+from idm_fast.models.blocks import Downsample, NormSiLU, ResBlock, Upsample
 from idm_fast.models.unet import Level, UNet
-
-Shape = tuple[int, int, int]  # N, H, W
-
-
-class Image(NamedTuple):
-    value: Value
-    stats: StatsValue
 
 
 @dataclass(frozen=True)
@@ -95,16 +85,16 @@ def lower(
     return _Lowering(model, shape, dtype, quantised, reusable).run(learned_variance)
 
 
-class _Lowering:
+class _Lowering(Writer):
     def __init__(
         self, model: UNet, shape: Shape, dtype: torch.dtype, quantised: EightBit | None, reusable: bool
     ) -> None:
-        self.model, self.config, self.dtype, self.quantised = model, model.config, dtype, quantised
+        super().__init__(shape[0], dtype)
+        self.model, self.config, self.quantised = model, model.config, quantised
         self.descends = next((i for i, level in enumerate(_levels(model.down)) if _resizes(level)), None)
         self.ascends = max((i for i, level in enumerate(_levels(model.up)) if _resizes(level)), default=None)
         self.kept = f"up.{self.ascends}." if reusable else None  # the level whose last value outlives the step
-        self.n, self.height, self.width = shape
-        self.nodes: list[Node] = []
+        _, self.height, self.width = shape
         self.projections: list[Projection] = []
         self.ranges: list[Range] = []
         self.projected = sum(m.embed.out_features for m in model.modules() if isinstance(m, ResBlock))
@@ -150,7 +140,7 @@ class _Lowering:
             )
         )  # fmt: skip
         self.nodes.append(Advance(layer="sampler"))
-        step = tuple(_without_unread_stats(self.nodes))
+        step = without_unread_stats(self.nodes)
         return Lowered(tuple(setup), step, tuple(self.projections), tuple(self.ranges), x, history, cond, (begin, end))
 
     def _upside(self, path: str, x: Value) -> Value:
@@ -182,28 +172,28 @@ class _Lowering:
     def _stem(self, entry: Value, half: Value | None) -> Image:
         bias = () if half is not None else (Weight("stem.bias", "vector"),)
         weight = Weight("stem.weight", "conv", columns=self._stem_columns()[0])
-        return self._conv("stem", entry, self.config.stem_width, weight=weight, bias=bias, residual=half)
+        return self.conv("stem", entry, self.config.stem_width, weight=weight, bias=bias, residual=half)
 
     def _level(self, level: Level, path: str, h: Image, skip: Image | None = None) -> Image:
         block = level.block
         if isinstance(block, ResBlock):
             h = self._block(block, f"{path}.block", h, skip)
         elif isinstance(block, Downsample):
-            h = self._conv(f"{path}.block.conv", h.value, block.conv.out_channels, stride=2)
+            h = self.conv(f"{path}.block.conv", h.value, block.conv.out_channels, stride=2)
         elif isinstance(block, Upsample):
-            h = self._conv(f"{path}.block.conv", h.value, block.conv.out_channels, upsample=True)
+            h = self.conv(f"{path}.block.conv", h.value, block.conv.out_channels, upsample=True)
         else:
             raise TypeError(f"lower: {path} is a {type(block).__name__}, which has no lowering")
-        return h if level.attention is None else self._attention(level.attention, f"{path}.attention", h)
+        return h if level.attention is None else self.attention(level.attention, f"{path}.attention", h)
 
     def _output(self, h: Image, learned_variance: bool) -> tuple[Value, Value | None]:
         """What the update reads, and the variance behind it where the table asks for one."""
         c = self.config
         channels, all_channels = c.in_channels * c.unshuffle**2, c.out_channels * c.unshuffle**2
-        coefficients = self._coefficients("out_norm", self.model.out_norm, h)
+        coefficients = self.coefficients("out_norm", self.model.out_norm, h)
 
         def part(rows: Columns | None) -> Value:
-            made = self._conv(
+            made = self.conv(
                 "out_conv", h.value, channels, weight=Weight("out_conv.weight", "conv", rows=rows),
                 bias=(Weight("out_conv.bias", "vector", rows=rows),), coefficients=coefficients, silu=True,
             )  # fmt: skip
@@ -221,17 +211,17 @@ class _Lowering:
         # The convolution's own bias is in the time row already.
         additive: dict[str, Any] = {} if block.scale_shift else {"bias": (), "time_shift": first[0]}
         if block.resize == "down":
-            h = self._conv(f"{path}.conv1", self._pooled_norm(path, block.norm1, x), out_channels, **additive)
+            h = self.conv(f"{path}.conv1", self._pooled_norm(path, block.norm1, x), out_channels, **additive)
         else:
-            h = self._conv(
+            h = self.conv(
                 f"{path}.conv1", x.value, out_channels, skip=None if skip is None else skip.value,
-                coefficients=self._coefficients(f"{path}.norm1", block.norm1, x, skip), silu=True,
+                coefficients=self.coefficients(f"{path}.norm1", block.norm1, x, skip), silu=True,
                 upsample=block.resize == "up", quantise=f"{path}.norm1", **additive,
             )  # fmt: skip
         ends = self._shortcut(block, path, x, skip)
-        return self._conv(
+        return self.conv(
             f"{path}.conv2", h.value, out_channels, silu=True, quantise=f"{path}.norm2", scale=scale, shift=shift,
-            coefficients=self._coefficients(f"{path}.norm2", block.norm2, h, scale=scale, shift=shift), **ends,
+            coefficients=self.coefficients(f"{path}.norm2", block.norm2, h, scale=scale, shift=shift), **ends,
         )  # fmt: skip
 
     def _project(self, path: str, block: ResBlock) -> list[Columns]:
@@ -267,7 +257,7 @@ class _Lowering:
         if not self.quantised:
             both = (Weight(f"{path}.conv2.bias", "vector"), bias)
             return {"shortcut": x.value, "shortcut_skip": second, "shortcut_weight": weight, "bias": both}
-        alone = self._conv(
+        alone = self.conv(
             f"{path}.skip", x.value, block.conv2.out_channels, skip=second, kernel=1,
             weight=Weight(f"{path}.skip.weight", "conv"), bias=(bias,),
         )  # fmt: skip
@@ -279,62 +269,16 @@ class _Lowering:
         self.nodes.append(Resample(layer=path, x=x, up=up, out=out))
         return out
 
-    def _attention(self, module: Attention, path: str, x: Image) -> Image:
-        n, c, h, w = x.value.shape
-        normed: dict[str, Any] = {}
-        if module.norm is not None:
-            norm = f"{path}.norm"
-            normed = {"quantise": norm, "coefficients": self._coefficients(norm, module.norm, x)}
-        qkv = self._conv(f"{path}.qkv", x.value, 3 * c, kernel=1, **normed).value
-        mixed = Value(f"{path}.mixed", (n, c, h, w), self.dtype)
-        self.nodes.append(Attend(layer=path, qkv=qkv, heads=module.heads, order=module.order, out=mixed))
-        return self._conv(f"{path}.out", mixed, c, kernel=1, residual=x.value)
+    def outlives(self, path: str) -> bool:
+        return self.kept is not None and path.startswith(self.kept)
 
-    def _coefficients(
-        self,
-        path: str,
-        norm: NormSiLU,
-        x: Image,
-        skip: Image | None = None,
-        scale: Columns | None = None,
-        shift: Columns | None = None,
-    ) -> Value:
-        channels = x.value.shape[1] + (0 if skip is None else skip.value.shape[1])
-        out = Value(f"{path}.coefficients", (self.n, 3, channels), torch.float32)
-        self.nodes.append(
-            Coefficients(
-                layer=path, stats=x.stats, skip_stats=None if skip is None else skip.stats, norm=path,
-                groups=norm.groups, eps=norm.eps, scale=scale, shift=shift, out=out,
-            )
-        )  # fmt: skip
-        return out
-
-    def _conv(
-        self,
-        path: str,
-        x: Value,
-        out_channels: int,
-        *,
-        quantise: str | None = None,  # path of the norm before it, where 8 bits will do
-        scale: Columns | None = None,
-        shift: Columns | None = None,
-        **rest: Any,
-    ) -> Image:
-        upsample, stride = rest.get("upsample", False), rest.get("stride", 1)
-        n, _, h, w = x.shape
-        grid = (2 * h, 2 * w) if upsample else ((h - 1) // stride + 1, (w - 1) // stride + 1)
-        fixed = self.kept is not None and path.startswith(self.kept)
-        out = Value(path, (n, out_channels, *grid), self.dtype, fixed)
-        stats = StatsValue(f"{path}.stats", out)
-        rest.setdefault("weight", Weight(f"{path}.weight", "phases" if upsample else "conv"))
-        rest.setdefault("bias", (Weight(f"{path}.bias", "vector"),))
-        if self.quantised and quantise is not None:
-            columns = (self.scaled, self.scaled + TIERS[self.quantised].columns)
-            self.scaled = columns[1]
-            self.ranges.append(Range(self.quantised, quantise, columns, scale, shift, rest.get("silu", False)))
-            rest |= {"quantised": self.quantised, "activation": columns}
-        self.nodes.append(Conv(layer=path, x=x, out=out, out_stats=stats, **rest))
-        return Image(out, stats)
+    def eight_bits(self, norm: str, scale: Columns | None, shift: Columns | None, silu: bool) -> dict[str, Any]:
+        if self.quantised is None:
+            return {}
+        columns = (self.scaled, self.scaled + TIERS[self.quantised].columns)
+        self.scaled = columns[1]
+        self.ranges.append(Range(self.quantised, norm, columns, scale, shift, silu))
+        return {"quantised": self.quantised, "activation": columns}
 
 
 def _levels(modules: torch.nn.ModuleList) -> list[Level]:
@@ -343,12 +287,3 @@ def _levels(modules: torch.nn.ModuleList) -> list[Level]:
 
 def _resizes(level: Level) -> bool:
     return isinstance(level.block, Downsample | Upsample) or level.block.resize is not None
-
-
-def _without_unread_stats(nodes: Sequence[Node]) -> list[Node]:
-    """Statistics cost a pass of the values in cache: nobody makes those that no norm asks for."""
-    read = {value for node in nodes for value in node.reads}
-    return [
-        replace(node, out_stats=None) if isinstance(node, Conv) and node.out_stats not in read else node
-        for node in nodes
-    ]

@@ -2,21 +2,21 @@
 
 The encoder's strided convolutions pad one row below and one column to the right; ours pad on all sides. Seen from the
 other corner the two are the same: in a turned image of an even side the window that began at 2 i begins at 2 j - 1.
-So the encoder works on pictures turned by 180 degrees, with 3x3 kernels that are turned when they are packed, and its
-latent is turned back: no call is added and no padded copy made.
+So the encoder works on pictures turned by 180 degrees, with kernels that are turned when they are packed (weights.py),
+and its latent is turned back: no call is added and no padded copy made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from idm_fast.engine.lower import Shape
 from idm_fast.engine.nodes import Nearest, Node, Shuffle, Unshuffle, Value, Weight
-from idm_fast.engine.writer import Image, Writer, without_unread_stats
-from idm_fast.models.blocks import Attention, Downsample, PlainBlock, Upsample
+from idm_fast.engine.writer import Image, Shape, Writer, without_unread_stats
+from idm_fast.models.blocks import Attention, Downsample, NormSiLU, PlainBlock, Upsample
 from idm_fast.models.vqgan import Vqgan
 
 
@@ -35,7 +35,7 @@ class LoweredPart:
 def lower_encoder(model: Vqgan, shape: Shape, dtype: torch.dtype) -> LoweredPart:
     """N pictures of H x W pixels -> latents."""
     c, (n, height, width) = model.config, shape
-    write = _Tower(n, dtype, turned=True)
+    write = _Tower(n, dtype)
     x = Value("encoder.x", (n, c.in_channels, height, width), torch.float32, fixed=True)
     inside = (height // c.unshuffle, width // c.unshuffle)
     entry = Value("encoder.input", (n, c.in_channels * c.unshuffle**2, *inside), dtype)
@@ -74,6 +74,11 @@ def lower_decoder(model: Vqgan, shape: Shape, dtype: torch.dtype) -> LoweredPart
 
 class _Tower(Writer):
     """Lists of modules, one behind the other."""
+
+    def normed_conv(self, norm: str, path: str, module: NormSiLU, x: Image, out_channels: int, **rest: Any) -> Image:
+        """The convolution at ``path`` behind the norm and SiLU at ``norm``."""
+        coefficients = self.coefficients(norm, module, x)
+        return self.conv(path, x.value, out_channels, coefficients=coefficients, silu=True, **rest)
 
     def stack(self, path: str, modules: nn.Sequential, h: Image) -> Image:
         for index, module in enumerate(modules):

@@ -52,7 +52,7 @@ class Weight:
     """A parameter of the network by its name in the state dict, and what is made of it (weights.py)."""
 
     name: str
-    form: Literal["conv", "turned", "phases", "matrix", "vector"]  # turned: by 180 degrees
+    form: Literal["conv", "phases", "matrix", "vector"]
     rows: Columns | None = None  # of the output channels; None: all
     columns: Columns | None = None  # of the input channels
 

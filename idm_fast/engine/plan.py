@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,10 +13,44 @@ from idm_fast.engine.bind import Binder, BoundNode, Call
 from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
 from idm_fast.engine.memory import require
-from idm_fast.engine.nodes import Conv
+from idm_fast.engine.nodes import Conv, Node
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.kernels.program import joined
+
+
+class LaidOut(NamedTuple):
+    """Nodes with their memory: ``nbytes`` of the arena, ``stats_nbytes`` of their own."""
+
+    buffers: Buffers
+    calls: list[BoundNode]
+    nbytes: int
+    stats_nbytes: int
+
+
+def laid_out(
+    nodes: Sequence[Node],
+    weights: PackedWeights,
+    arena: Arena,
+    tuner: Autotuner,
+    *,
+    row: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+) -> LaidOut:
+    """``nodes`` bound to buffers in ``arena``; the rest is what ``Buffers`` holds beside them."""
+    places, nbytes = images(nodes)
+    if nbytes > arena.nbytes:
+        require(nbytes, weights.device)
+    memory = arena.take(nbytes)
+    tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
+    buffers = Buffers(tensors, {}, row, rows, coefficients, step, seeds)
+    binder = Binder(buffers, weights, tuner)
+    counts = {n.out_stats: binder.pieces(n) for n in nodes if isinstance(n, Conv) and n.out_stats}
+    buffers.stats, stats_nbytes = statistics(nodes, counts, weights.device)
+    return LaidOut(buffers, [binder.bind(node) for node in nodes], nbytes, stats_nbytes)
 
 
 class Plan:
@@ -27,18 +64,13 @@ class Plan:
     ) -> None:
         self.lowered, self.tables = lowered, tables
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=weights.device)
-        nodes = (*lowered.setup, *lowered.step)
-        places, self.nbytes = images(nodes)
-        if self.nbytes > arena.nbytes:
-            require(self.nbytes, weights.device)
-        memory = arena.take(self.nbytes)
-        tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
-        self.buffers = Buffers(tensors, {}, tables.row, tables.rows, tables.coefficients, tables.step, self.seeds)
-        binder = Binder(self.buffers, weights, tuner)
-        counts = {n.out_stats: binder.pieces(n) for n in nodes if isinstance(n, Conv) and n.out_stats}
-        self.buffers.stats, self.stats_nbytes = statistics(nodes, counts, weights.device)
-        self.setup_calls = [binder.bind(node) for node in lowered.setup]
-        self.step_calls = [binder.bind(node) for node in lowered.step]
+        laid = laid_out(
+            (*lowered.setup, *lowered.step), weights, arena, tuner, row=tables.row, rows=tables.rows,
+            coefficients=tables.coefficients, step=tables.step, seeds=self.seeds,
+        )  # fmt: skip
+        self.buffers, self.nbytes, self.stats_nbytes = laid.buffers, laid.nbytes, laid.stats_nbytes
+        first = len(lowered.setup)
+        self.setup_calls, self.step_calls = laid.calls[:first], laid.calls[first:]
         begin, end = lowered.inner
         self._outer_calls = [*self.step_calls[:begin], *self.step_calls[end:]]
         # Neighbours that are native calls run as one program, without Python in between.

@@ -112,14 +112,15 @@ def check_held(where: str, state: State) -> None:
 
 
 class _Turned(Mapping[str, Tensor]):
-    """A state dict whose convolutions are turned by 180 degrees when they are asked for."""
+    """A state dict whose convolutions are turned by 180 degrees when they are asked for, where the name begins so."""
 
-    def __init__(self, state: State) -> None:
-        self._upright = state
+    def __init__(self, state: State, begins: str) -> None:
+        self._upright, self._begins = state, begins
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._upright[name]
-        return tensor.flip(2, 3) if tensor.ndim == 4 and tensor.shape[2] > 1 else tensor
+        wide = tensor.ndim == 4 and tensor.shape[2] > 1
+        return tensor.flip(2, 3) if wide and name.startswith(self._begins) else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._upright)
@@ -131,7 +132,9 @@ class _Turned(Mapping[str, Tensor]):
 def _state(where: str, model: UNet | Vqgan) -> State:
     state: State = dict(model.state_dict())
     check_held(where, state)
-    return _Turned(state) if isinstance(model, UNet) and model.config.turned else state
+    if isinstance(model, UNet):
+        return _Turned(state, "") if model.config.turned else state
+    return _Turned(state, "encoder.")  # which pads below and to the right: see lower_vqgan.py
 
 
 def _formed(state: State, weight: Weight) -> Tensor:
@@ -143,8 +146,6 @@ def _formed(state: State, weight: Weight) -> Tensor:
         tensor = tensor[:, slice(*weight.columns)]
     if weight.form == "phases":
         return phase_weights(tensor)
-    if weight.form == "turned":
-        return tensor.flip(2, 3).contiguous(memory_format=torch.channels_last)
     if weight.form == "matrix":
         return tensor.flatten(1).contiguous()
     return tensor.contiguous(memory_format=torch.channels_last) if weight.form == "conv" else tensor

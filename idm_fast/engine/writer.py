@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from idm_fast.engine.nodes import Attend, Coefficients, Conv, Node, StatsValue, Value, Weight
+from idm_fast.engine.nodes import Attend, Coefficients, Columns, Conv, Node, StatsValue, Value, Weight
 from idm_fast.models.blocks import Attention, NormSiLU
+
+Shape = tuple[int, int, int]  # N, H, W of the pictures
 
 
 class Image(NamedTuple):
@@ -18,43 +20,71 @@ class Image(NamedTuple):
 
 
 class Writer:
-    """Appends to ``nodes``. ``turned``: the images lie turned by 180 degrees, and so do the kernels of 3x3."""
+    """Appends to ``nodes``, for N images in ``dtype``."""
 
-    def __init__(self, batch: int, dtype: torch.dtype, turned: bool = False) -> None:
-        self.n, self.dtype, self.turned = batch, dtype, turned
+    def __init__(self, batch: int, dtype: torch.dtype) -> None:
+        self.n, self.dtype = batch, dtype
         self.nodes: list[Node] = []
 
-    def conv(self, path: str, x: Value, out_channels: int, **rest: Any) -> Image:
+    def conv(
+        self,
+        path: str,
+        x: Value,
+        out_channels: int,
+        *,
+        quantise: str | None = None,  # path of the norm before it, where 8 bits will do
+        scale: Columns | None = None,  # of that norm
+        shift: Columns | None = None,
+        **rest: Any,
+    ) -> Image:
         """The convolution at ``path``; ``rest``: further fields of its node."""
         upsample, stride = rest.get("upsample", False), rest.get("stride", 1)
         n, _, h, w = x.shape
         grid = (2 * h, 2 * w) if upsample else ((h - 1) // stride + 1, (w - 1) // stride + 1)
-        out = Value(path, (n, out_channels, *grid), self.dtype)
+        out = Value(path, (n, out_channels, *grid), self.dtype, self.outlives(path))
         stats = StatsValue(f"{path}.stats", out)
-        rest.setdefault("weight", Weight(f"{path}.weight", "phases" if upsample else self.form(rest.get("kernel", 3))))
+        rest.setdefault("weight", Weight(f"{path}.weight", "phases" if upsample else "conv"))
         rest.setdefault("bias", (Weight(f"{path}.bias", "vector"),))
+        if quantise is not None:
+            rest |= self.eight_bits(quantise, scale, shift, rest.get("silu", False))
         self.nodes.append(Conv(layer=path, x=x, out=out, out_stats=stats, **rest))
         return Image(out, stats)
 
-    def form(self, kernel: int) -> Any:
-        return "turned" if self.turned and kernel > 1 else "conv"
+    def outlives(self, path: str) -> bool:
+        """Whether what the convolution at ``path`` writes keeps its own memory."""
+        return False
 
-    def coefficients(self, path: str, norm: NormSiLU, x: Image) -> Value:
-        """What the norm at ``path`` makes of the statistics of ``x``, for the convolution behind it."""
-        out = Value(f"{path}.coefficients", (self.n, 3, x.value.shape[1]), torch.float32)
-        self.nodes.append(Coefficients(layer=path, stats=x.stats, norm=path, groups=norm.groups, eps=norm.eps, out=out))
+    def eight_bits(self, norm: str, scale: Columns | None, shift: Columns | None, silu: bool) -> dict[str, Any]:
+        """Fields of a convolution behind ``norm`` that make it one of 8 bits; none where the plan is not lossy."""
+        return {}
+
+    def coefficients(
+        self,
+        path: str,
+        norm: NormSiLU,
+        x: Image,
+        skip: Image | None = None,
+        scale: Columns | None = None,
+        shift: Columns | None = None,
+    ) -> Value:
+        """What the norm at ``path`` makes of the statistics of ``x`` (and ``skip``), for the convolution behind it."""
+        channels = x.value.shape[1] + (0 if skip is None else skip.value.shape[1])
+        out = Value(f"{path}.coefficients", (self.n, 3, channels), torch.float32)
+        self.nodes.append(
+            Coefficients(
+                layer=path, stats=x.stats, skip_stats=None if skip is None else skip.stats, norm=path,
+                groups=norm.groups, eps=norm.eps, scale=scale, shift=shift, out=out,
+            )
+        )  # fmt: skip
         return out
-
-    def normed_conv(self, norm: str, path: str, module: NormSiLU, x: Image, out_channels: int, **rest: Any) -> Image:
-        """The convolution at ``path`` behind the norm (and SiLU) at ``norm``."""
-        coefficients = self.coefficients(norm, module, x)
-        return self.conv(path, x.value, out_channels, coefficients=coefficients, silu=module.silu, **rest)
 
     def attention(self, module: Attention, path: str, x: Image) -> Image:
         c = x.value.shape[1]
-        if module.norm is None or module.scale != 1:
-            raise TypeError(f"lower: {path} is an attention without a norm or with a scale, which has no lowering")
-        qkv = self.normed_conv(f"{path}.norm", f"{path}.qkv", module.norm, x, 3 * c, kernel=1).value
+        normed: dict[str, Any] = {}
+        if module.norm is not None:
+            norm = f"{path}.norm"
+            normed = {"quantise": norm, "coefficients": self.coefficients(norm, module.norm, x)}
+        qkv = self.conv(f"{path}.qkv", x.value, 3 * c, kernel=1, **normed).value
         mixed = Value(f"{path}.mixed", x.value.shape, self.dtype)
         self.nodes.append(Attend(layer=path, qkv=qkv, heads=module.heads, order=module.order, out=mixed))
         return self.conv(f"{path}.out", mixed, c, kernel=1, residual=x.value)
