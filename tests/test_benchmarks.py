@@ -147,9 +147,7 @@ def test_through_pytest_benchmark() -> None:
 def test_the_autoencoder_is_judged_before_it_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("autoencoder")
-    small = replace(
-        module.vqgan_preset("vq-f4"), model_channels=32, channel_mult=(1, 1), image_size=16, codebook_size=64
-    )
+    small = replace(module.vqgan_preset("vq-f4"), model_channels=32, image_size=16, codebook_size=64)
     monkeypatch.setattr(module, "vqgan_preset", lambda name: small)
     given = ["--preset", "vq-f4", "--dtype", "fp32", "--device", "cpu", "--seconds", "0.01"]
     assert module.main([*given, "--json", str(tmp_path / "a.json")]) == 0
