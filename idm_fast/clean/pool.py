@@ -44,7 +44,9 @@ class _Worker:
     """One process, the pipe to it, and the pictures it has."""
 
     def __init__(self, setup: Setup, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would hang
+        # Not forked from here: copies of torch's threads would hang. From a server that has imported all, and run none.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([Cleaner.__module__])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, setup, threads), daemon=True)
         self.process.start()
