@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,10 @@ def run(args: argparse.Namespace) -> int:
                 tqdm.write(f"idm-fast: error: {record['reason']}", file=sys.stderr)
 
         try:
-            summary = clean(
-                args.source, args.out, args.model, options, workers=args.workers, progress=progress, ray=args.ray
-            )
+            with redirect_stdout(sys.stderr):  # Ray tells of dead workers on standard output, which is the document's
+                summary = clean(
+                    args.source, args.out, args.model, options, workers=args.workers, progress=progress, ray=args.ray
+                )
         except DiskError as error:
             bar.close()
             print(f"idm-fast: error: {error}; the same command goes on from here", file=sys.stderr)
