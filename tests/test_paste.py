@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,34 @@ def test_an_aligned_picture_is_replaced_to_its_edge() -> None:
     assert float(pasted.pixels.min()) > 0.99
     with pytest.raises(IdmFastError, match="must be a square picture, got 65 x 64"):
         whole_picture(Picture(np.zeros((64, 65, 3), np.float32)))
+
+
+def test_a_picture_that_is_a_crop_takes_the_short_way_to_the_same() -> None:
+    """Where no pixel moves, nothing is resampled; a hair's turn away everything is, and the pictures agree."""
+    pixels = texture(96, 96)
+    whole = whole_picture(picture_from_array(pixels))
+    near = replace(whole, method="landmarks")
+    assert whole.is_whole(pixels.shape, 96)
+    assert not near.is_whole(pixels.shape, 96)
+    assert not whole.is_whole(pixels.shape, 48)
+    crop = crop_face(pixels, whole, 96)
+    assert torch.allclose(crop, crop_face(pixels, near, 96), atol=2e-6)
+    restored = (crop + 0.1 * torch.randn(3, 96, 96, generator=torch.manual_seed(0))).clamp(-1, 1)
+    short, long = (paste(pixels, [restored], [face], originals=[crop], feather=False) for face in (whole, near))
+    assert np.abs(short - long).max() < 5e-6
+    assert np.abs(short - pixels).max() > 0.05
+
+
+def test_a_blend_for_each_face() -> None:
+    pixels = texture(96, 200)
+    faces = [face_at(45, 48, 60), face_at(150, 48, 60)]
+    crops = [-crop_face(pixels, face, 64) for face in faces]
+    one, other = (paste(pixels, [crop], [face], blend=0.5) for crop, face in zip(crops, faces, strict=True))
+    assert np.array_equal(paste(pixels, crops, faces, blend=[0.5, 0.0]), one)
+    assert np.array_equal(paste(pixels, crops, faces, blend=[0.0, 0.5]), other)
+    assert np.allclose(paste(pixels, crops, faces, blend=[0.5, 0.5]), one + other - pixels, atol=1e-6)
+    with pytest.raises(IdmFastError, match="one for each face = 2, got 1"):
+        paste(pixels, crops, faces, blend=[0.5])
 
 
 def test_upscaled_moves_faces_and_alpha() -> None:

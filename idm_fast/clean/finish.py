@@ -161,7 +161,7 @@ def place(out: Path, output: str, content: Picture | bytes) -> int:
     part = parts_folder(out) / f"{os.getpid()}-{next(_numbers)}{PurePosixPath(output).suffix}"
     try:
         if isinstance(content, Picture):
-            write_image(content, part)
+            write_image(content, part, quick=True)
         else:
             part.write_bytes(content)
         written = part.stat().st_size

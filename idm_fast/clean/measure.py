@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from idm_fast.crops import CropRestorer
 from idm_fast.engine.precision import default_dtype
 from idm_fast.errors import IdmFastError
-from idm_fast.faces.align import AlignedFace, crop_face
+from idm_fast.faces.align import WHOLE, AlignedFace, crop_face
 from idm_fast.faces.sharpness import FloatArray, grain, sharpness
 from idm_fast.models.recognition import Recognition, crop_chip
 
@@ -34,7 +34,7 @@ def low_frequency(before: Tensor, after: Tensor) -> float:
 def look(pixels: FloatArray, face: AlignedFace) -> Tensor:
     """The face's crop [3, S, S] in [-1, 1], as the measures see it; of a picture that is itself a crop, all of it."""
     height, width = pixels.shape[:2]
-    if face.method == "whole picture":
+    if face.method == WHOLE:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).mul(2).sub_(1)
     return crop_face(pixels, face, min(_LOOK_PX, max(8, round(min(height, width, face.native_px)))))
 

@@ -47,14 +47,17 @@ _SIDE_PER_BOX = 1.64
 _BOX_CENTER_V = 0.57  # where the box's centre lies in the template, as a fraction of its height
 
 
+WHOLE = "whole picture"
+
+
 @dataclass(frozen=True, eq=False)
 class AlignedFace:
     """Where a face's square crop lies in the picture.
 
     ``transform``: float64 [2, 3], similarity from picture pixels to the unit square (0, 0)-(1, 1) of the crop.
     ``native_px``: side of the crop in picture pixels. ``source_px``: the same in the picture as it came, before any
-    enlargement. ``method``: what the transform was fitted to: "landmarks", "four landmarks" (one was far off) or "box"
-    (they made no sense).
+    enlargement. ``method``: what the transform was fitted to: "landmarks", "four landmarks" (one was far off), "box"
+    (they made no sense) or ``WHOLE`` (the picture is itself a crop).
     """
 
     face: Face
@@ -74,6 +77,11 @@ class AlignedFace:
         """[4, 2] (x, y) of the crop's corners in the picture, clockwise from its top left."""
         unit = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
         return apply(self.inverse, unit)
+
+    def is_whole(self, shape: tuple[int, ...], size: int) -> bool:
+        """Whether a crop of ``size`` pixels is a picture of ``shape`` [H, W, ...] itself, pixel for pixel."""
+        whole = self.method == WHOLE and self.native_px == self.source_px == size
+        return whole and tuple(shape[:2]) == (size, size)
 
     def landmarks(self, size: int) -> FloatArray:
         """[5, 2] (x, y) of the landmarks in a crop of ``size`` pixels."""
@@ -179,6 +187,9 @@ def crop_face(pixels: FloatArray, aligned: AlignedFace, size: int) -> torch.Tens
     by an antialiased bicubic filter, so fine texture is averaged and never aliased. Only the region of interest is
     touched; beyond the picture's border it is mirrored.
     """
+    if aligned.is_whole(pixels.shape, size):  # sampled at the pixels' own centres: the pixels themselves
+        crop = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return crop.clamp(0.0, 1.0).mul_(2.0).sub_(1.0)
     oversampling = max(1, math.ceil(aligned.native_px / size - 0.05))
     step = 1
     if oversampling > _MAX_OVERSAMPLING:  # a huge face: average whole blocks first, so that the work stays bounded

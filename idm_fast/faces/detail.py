@@ -48,6 +48,8 @@ def band_noise(high: torch.Tensor, octaves: float, blockiness: float) -> float:
 
 def detail_gain(high: torch.Tensor, noise: float) -> torch.Tensor:
     """Gain [h, w] in 0..1 for a high band [3, h, w] with the noise level ``noise`` (rms)."""
+    if noise == 0.0:
+        return torch.ones(high.shape[1:])
     energy = high.square().mean(dim=0)[None, None]
     energy = F.avg_pool2d(energy, _WINDOW, stride=1, padding=HALO, count_include_pad=False)[0, 0]
     return (1.0 - _OVERSUBTRACTION * noise * noise / energy.clamp(min=1e-12)).clamp(0.0, 1.0)
@@ -61,7 +63,8 @@ def keep_sharper(crop: torch.Tensor, before: torch.Tensor, blockiness: float) ->
     above, the original's octaves are mixed in until the energy is about the same again. A damaged original is soft
     or noisy there, so nothing of it returns.
     """
-    high, restored_high = before - _low_pass(before), crop - _low_pass(crop)
+    both = torch.stack([before, crop])
+    high, restored_high = both - _low_pass(both)
     size = crop.shape[-1]
     tiles = (min(_TILES, size), min(_TILES, size))
     middle = slice(size // 6, size - size // 6)
@@ -76,12 +79,12 @@ def keep_sharper(crop: torch.Tensor, before: torch.Tensor, blockiness: float) ->
     return crop + lost * detail_gain(high * 0.5, noise) * (high - restored_high)
 
 
-def _low_pass(image: torch.Tensor) -> torch.Tensor:
-    """[3, S, S] without its ``_KEPT_OCTAVES`` top octaves."""
-    size = image.shape[-2:]
+def _low_pass(images: torch.Tensor) -> torch.Tensor:
+    """[N, 3, S, S] without their ``_KEPT_OCTAVES`` top octaves."""
+    size = images.shape[-2:]
     small = (max(1, size[0] >> _KEPT_OCTAVES), max(1, size[1] >> _KEPT_OCTAVES))
-    low = F.interpolate(image[None], size=small, mode="bicubic", antialias=True, align_corners=False)
-    return F.interpolate(low, size=size, mode="bicubic", align_corners=False)[0]
+    low = F.interpolate(images, size=small, mode="bicubic", antialias=True, align_corners=False)
+    return F.interpolate(low, size=size, mode="bicubic", align_corners=False)
 
 
 def _ramp(value: float, low: float, high: float) -> float:

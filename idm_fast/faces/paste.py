@@ -114,6 +114,7 @@ class _Change:
         if self.oversampling > 1 and dense < size:
             planes = F.interpolate(planes, size=(dense, dense), mode="bicubic", antialias=True, align_corners=False)
         self.planes = planes
+        self.is_whole = self.face.is_whole(self.pixels.shape, size)
         x0, y0, x1, y1 = self.bounds
         small = (x1 - x0) * (y1 - y0) <= _STRIP_PIXELS
         # The bands of all of a small face serve the measurement and the result; a huge face is done part by part.
@@ -142,6 +143,9 @@ class _Change:
         return change, high
 
     def _compute_bands(self, x0: int, y0: int, x1: int, y1: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_whole:  # the crop holds all of the picture, pixel for pixel
+            change = self.planes[0, :3, y0:y1, x0:x1]
+            return change, torch.zeros_like(change)
         both = self._resample(self.planes, x0, y0, x1, y1)
         part = torch.from_numpy(np.ascontiguousarray(self.pixels[y0:y1, x0:x1].transpose(2, 0, 1)))
         return both[:3], part - both[3:]
@@ -161,6 +165,8 @@ class _Change:
 
     def _measure(self) -> float:
         """Noise level of the high band in the face's middle."""
+        if self.is_whole:
+            return 0.0
         x, y = self.face.corners.mean(axis=0)
         half = min(self.face.native_px * 0.35, _NOISE_PIXELS / 2)
         low_x, low_y, high_x, high_y = self.bounds

