@@ -40,7 +40,7 @@ def write_image(picture: Picture, path: str | Path, *, quality: int = 95, quick:
     """Writes ``picture`` in the format of the extension; returns notes on what the format could not hold.
 
     Values are rounded to nearest. ``quality`` (1 to 100) is for JPEG, written 4:4:4, and WebP. ``quick``: PNG of 8 bits
-    without a search for repeats, which photographs hardly have: on faces a quarter of the time for 0.4 % more bytes. The
+    without a search for repeats, which photographs hardly have: on faces a quarter of the time, 0.4 % more bytes. The
     file appears whole or not at all. Raises ``IdmFastError`` when the folder is missing or not writable, a value is not
     finite, or the format cannot hold the picture.
     """
