@@ -218,3 +218,18 @@ def test_a_picture_that_kills_its_workers_is_found_and_recorded(more: Any) -> No
 def test_what_workers_cannot_begin_with_is_said_once(cleaning: Any) -> None:
     with pytest.raises(IdmFastError, match="sampler"):
         cleaning.run(cleaning.free_but(sampler="none such"), workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="memory is read in /proc")
+def test_memory_does_not_grow_with_the_set(cleaning: Any) -> None:
+    """64-px pictures with their crops are about 100 KB each: 400 of them kept would be 40 MB."""
+    for number in range(600):
+        cleaning.crop(number, 64).save(cleaning.source / f"more{number:03d}.png")
+    seen: dict[int, float] = {}
+
+    def progress(done: int, *rest: Any) -> None:
+        seen[done] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    cleaning.run(cleaning.free_but(batch_size=8, aligned=True), progress=progress)
+    assert seen[600] - seen[200] < 8

@@ -76,7 +76,8 @@ def keep_sharper(crop: torch.Tensor, before: torch.Tensor, blockiness: float) ->
     )
     lost = (1.0 - restored / (_TOLERATED_LOSS * energy).clamp(min=1e-12)).clamp(0.0, 1.0).sqrt()
     lost = F.interpolate(lost, size=(size, size), mode="bilinear", align_corners=False)[0, 0]
-    return crop + lost * detail_gain(high * 0.5, noise) * (high - restored_high)
+    kept: torch.Tensor = crop + lost * detail_gain(high * 0.5, noise) * (high - restored_high)
+    return kept
 
 
 def _low_pass(images: torch.Tensor) -> torch.Tensor:
