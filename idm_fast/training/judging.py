@@ -53,7 +53,7 @@ def _faces(settings: JudgeSettings, own: Path) -> list[FaceFile]:
     try:
         return list_faces(settings.data or own, "val")[: settings.limit]
     except IdmFastError as error:
-        raise IdmFastError(f"{error}; models are judged on these") from None
+        raise IdmFastError(f"{error}; models are judged on these (--eval-data: others, --no-eval: none)") from None
 
 
 def key(settings: JudgeSettings, own: Path, model: str, first: str | None) -> dict[str, Any]:

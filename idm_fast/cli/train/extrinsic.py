@@ -84,11 +84,11 @@ def _add_cleaning(t: argparse.ArgumentParser) -> None:
     clean.add_argument("--clean-strength", type=float, help="in (0, 1]: below 1 the walk starts nearer to the original")
     clean.add_argument("--clean-blend", type=float, default=d.blend, help="share of the enhanced (default: 1)")
     clean.add_argument(
-        "--clean-max-identity-distance", type=_bound, default=d.max_identity_distance, metavar="D",
+        "--clean-max-identity-distance", type=number_or_none, default=d.max_identity_distance, metavar="D",
         help="largest recognition distance to the original, or none (default: %(default)s)",
     )  # fmt: skip
     clean.add_argument(
-        "--clean-max-low-frequency", type=_bound, default=d.max_low_frequency, metavar="D",
+        "--clean-max-low-frequency", type=number_or_none, default=d.max_low_frequency, metavar="D",
         help="largest low-frequency difference to the original, or none (default: %(default)s)",
     )  # fmt: skip
     clean.add_argument("--clean-seed", type=int, default=d.seed, help="of the noise (default: %(default)s)")
@@ -109,7 +109,7 @@ def _add_judging(t: argparse.ArgumentParser) -> None:
     judging.add_argument("--no-eval", action="store_true", help="judge no model: cleaning and training only")
 
 
-def _bound(text: str) -> float | None:
+def number_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
