@@ -12,7 +12,7 @@ from test_engine_graph import FakeRuntime
 from torch import Tensor
 
 from idm_fast.config_vqgan import VqganConfig, vqgan_preset
-from idm_fast.engine import EngineOptions
+from idm_fast.engine import EngineOptions, autoencoder
 from idm_fast.engine.autoencoder import AutoencoderEngine
 from idm_fast.engine.buffers import Arena
 from idm_fast.errors import IdmFastError
@@ -214,3 +214,21 @@ def test_each_direction_is_one_graph() -> None:
     gc.collect()
     assert arena.graphs.nbytes == 0
     assert runtime.alive == 0
+
+
+def test_the_range_of_float16_is_looked_at_once_per_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU is not offered float16: here it stands for a GPU."""
+    monkeypatch.setattr(autoencoder, "chosen_dtype", lambda dtype, device: (torch.float16, None))
+    module, x = _network(), _pictures()
+    engine = AutoencoderEngine.compile(module, SHAPE, options=EngineOptions(backend="torch"))
+    latent = module.encode(x).detach()
+    assert _rms(engine.encode(x) - latent) < 0.01 * _rms(latent)
+    assert torch.equal(engine.encode(x), engine.encode(x))
+    as_is = module.decode(latent, quantize=False).detach()
+    assert _rms(engine.decode(latent, quantize=False) - as_is) < 0.02 * _rms(as_is)
+    with torch.no_grad():
+        module.decoder.stem.weight *= 1e6
+    engine.swap_weights(module)
+    engine.encode(x)  # the encoder has kept its range
+    with pytest.raises(IdmFastError, match=r"fp16: values of decoder\.stem must stay within .*; use bf16"):
+        engine.decode(latent, quantize=False)

@@ -16,7 +16,7 @@ from idm_fast.engine.checks import check_instruction_set, check_same, check_shap
 from idm_fast.engine.engine import EngineOptions, Memory
 from idm_fast.engine.graph_pool import GraphPool
 from idm_fast.engine.lower_vqgan import LoweredPart, lower_decoder, lower_encoder
-from idm_fast.engine.memory import exhausted
+from idm_fast.engine.memory import exhausted, require
 from idm_fast.engine.nodes import Node
 from idm_fast.engine.plan import laid_out
 from idm_fast.engine.precision import check_range, chosen_device, chosen_dtype
@@ -60,11 +60,11 @@ class Part:
         for call in self._all if quantize else self._behind_codebook:
             call()
 
-    def check_range(self) -> bool:
+    def check_range(self, quantize: bool) -> bool:
         """At the first images of new weights in float16: whether it has run, and written over its input."""
         if self.weights.dtype != torch.float16 or self._checked == self.weights.version:
             return False
-        check_range(self.calls, self._tensors)
+        check_range(self.calls if quantize else self.calls[1:], self._tensors)
         self._checked = self.weights.version
         return True
 
@@ -117,7 +117,10 @@ class AutoencoderEngine:
         lowered = lower_encoder(model, shape, kind), lower_decoder(model, shape, kind)
         try:
             with nullcontext() if options.backend is None else use_backend(options.backend), arena.turn():
-                arena.take(max(images(part.nodes)[1] for part in lowered))  # grown once, so that both lie in it
+                need = max(images(part.nodes)[1] for part in lowered)
+                if need > arena.nbytes:
+                    require(need, place)
+                arena.take(need)  # grown once, so that both lie in it
                 encoder, decoder = (Part(part, weights, arena, tuner) for part in lowered)
         except BackendError as error:
             raise IdmFastError(str(error)) from None
@@ -184,10 +187,10 @@ class AutoencoderEngine:
     def _run(self, key: str, part: Part, place: Tensor, given: Tensor) -> None:
         check_instruction_set(_WHO, self._isa)
         check_same(_WHO, "x" if part is self.encoder else "latent", given, place)
-        place.copy_(given)
-        if part.check_range():
-            place.copy_(given)
         quantize = key != "decode_as_is"
+        place.copy_(given)
+        if part.check_range(quantize):
+            place.copy_(given)
         if not self._graphs:
             part.run(quantize)
             return
