@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -286,3 +288,38 @@ def test_a_model_of_another_shape_is_no_beginning(settings: VqganSettings, monke
     other = replace(settings, preset="wider", out=settings.out.with_name("b"))
     with pytest.raises(IdmFastError, match="must hold a network of tiny-vq's shape, got another"):
         VqganTrainer(replace(other, init_from=settings.out / "model.safetensors"))
+
+
+SCRIPT = """
+from pathlib import Path
+import torch
+from idm_fast.config import from_dict
+from idm_fast.config_vqgan import VQGAN_PRESETS, VqganConfig
+from idm_fast.training.vqgan import VqganTrainer
+from idm_fast.training.vqgan_loss import VqganLossWeights
+from idm_fast.training.vqgan_settings import VqganSettings
+
+torch.set_num_threads(1)
+VQGAN_PRESETS["tiny-vq"] = from_dict(VqganConfig, {tiny!r})
+values = {values!r}
+values |= {{"data": Path(values["data"]), "out": Path({out!r}), "batch_size": 2}}
+VqganTrainer(VqganSettings(**values | {{"loss": VqganLossWeights(**values["loss"])}})).run()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(settings: VqganSettings, tmp_path: Path) -> None:
+    """But for the codes of step 0, which are latents of process 0: the means count the latents of both."""
+    one = replace(settings, steps=3, revive_every=100, save_every=1)
+    VqganTrainer(one).run()
+    script, out = tmp_path / "train.py", tmp_path / "both"
+    script.write_text(SCRIPT.format(tiny=TINY.to_dict(), values=one.to_dict(), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    first, second = (torch.load(folder / "state.pt", weights_only=True) for folder in (one.out, out))
+    assert first["step"] == second["step"] == 3
+    chosen = [float(state["codebook"]["counts"].sum()) for state in (first, second)]
+    assert chosen[0] == pytest.approx(chosen[1], rel=1e-4)
+    moved = (first["model"]["encoder.stem.weight"] - second["model"]["encoder.stem.weight"]).norm()
+    assert moved <= 0.05 * first["model"]["encoder.stem.weight"].norm()
