@@ -221,6 +221,20 @@ def test_a_setting_without_a_sound_default_is_asked_for(tmp_path: Path) -> None:
     assert missing["noise_schedule"] == "linear"
 
 
+@pytest.mark.parametrize("sides", [[2], [16], "16,8,4"], ids=["rates", "sides", "the flags of a command line"])
+def test_settings_that_agree_with_the_tensors(sides: Any, tmp_path: Path) -> None:
+    """Attention at the second level of 32 pixels: rate 2, side 16."""
+    torch.save(as_guided(random_network(TINY)), tmp_path / "a.pt")
+    given = {
+        "image_size": 32, "num_channels": 32, "num_res_blocks": "1", "attention_resolutions": sides,
+        "class_cond": "False", "learn_sigma": "True", "num_head_channels": "32", "resblock_updown": False,
+        "use_scale_shift_norm": True,
+    }  # fmt: skip
+    assert checkpoints.load(tmp_path / "a.pt", given).config.unet.attention_levels == (1,)
+    by_number = checkpoints.load(tmp_path / "a.pt", {"num_head_channels": -1, "image_size": 32})
+    assert (by_number.config.unet.num_heads, by_number.source["assumed"]["num_heads"]) == (4, 4)
+
+
 def test_what_is_assumed_is_said(tmp_path: Path) -> None:
     torch.save(as_guided(random_network(TINY)), tmp_path / "a.pt")
     loaded = checkpoints.load(tmp_path / "a.pt", {"noise_schedule": "cosine"})

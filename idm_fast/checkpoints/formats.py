@@ -31,6 +31,7 @@ _OTHERS = (
     (".transformer_blocks.", "a network with cross-attention (text to image)"),
     ("double_blocks.", "a diffusion transformer"),
     ("x_embedder.", "a diffusion transformer"),
+    ("time_mlp.", "a U-Net of another kind (time_mlp: the ddpm variant of SR3's repository, and others)"),
     ("RDB1.", "an image network (RRDBNet, ESRGAN)"),
     ("layer1.0.conv1.", "an image classifier (ResNet)"),
     ("generator.", "a generative adversarial network"),

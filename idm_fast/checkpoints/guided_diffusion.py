@@ -34,11 +34,12 @@ DIFFUSION_SETTINGS = (
     Setting("sigma_small", "yes or no", "without a learned variance: the smaller of the two fixed ones", False),
     Setting("timestep_respacing", "anything", "steps of the respaced chain: 250, ddim250 or 10,15,20", 250),
 )
-_INFERRED = (
+INFERRED = (
     Setting("super_res", "yes or no", "half of the input channels are a smaller picture, enlarged", inferred=True),
     Setting("in_channels", "whole number", "channels of the image", inferred=True),
     Setting("out_channels", "whole number", "6 with a learned variance, else 3", inferred=True),
     Setting("model_channels", "whole number", "width of the finest level", inferred=True),
+    Setting("num_channels", "whole number", "the same in the words of its flags", inferred=True),
     Setting("num_res_blocks", "list of whole numbers", "per level, or one for all", inferred=True),
     Setting("channel_mult", "list of whole numbers", "width of each level", inferred=True),
     Setting("attention_resolutions", "list of whole numbers", "where attention sits", inferred=True),
@@ -48,7 +49,7 @@ _INFERRED = (
     Setting("learn_sigma", "yes or no", "half of the output channels are a variance", inferred=True),
     Setting("class_cond", "yes or no", "classes are given", inferred=True),
 )
-_ASIDE = frozenset({"format", "dropout", "use_checkpoint", "use_fp16", "num_heads_upsample"})
+ASIDE = frozenset({"format", "dims", "dropout", "use_checkpoint", "use_fp16", "num_heads_upsample"})
 
 
 def network_fields(settings: Settings, found: Structure, *, image_size: int, head_channels: int = 64) -> dict[str, Any]:
@@ -72,8 +73,8 @@ def network_fields(settings: Settings, found: Structure, *, image_size: int, hea
 def _heads(settings: Settings, widths: tuple[int, ...], usual: int) -> dict[str, int]:
     """By width where that was given or divides every attention, else by number."""
     width = settings.given.get("num_head_channels", 0)
-    if width <= 0 and "num_heads" in settings.given:
-        return {"num_head_channels": 0, "num_heads": settings.given["num_heads"]}
+    if width < 0 or (width == 0 and "num_heads" in settings.given):
+        return {"num_heads": settings.ask("num_heads", 4)}
     if width > 0:
         return {"num_head_channels": width}
     if width == 0 and all(channels % usual == 0 for channels in widths):
@@ -120,7 +121,7 @@ def _read(source: Source, settings: Settings, difface: bool, averaged: bool | No
     if channels != found.in_channels:
         fields |= {"cond_channels": found.in_channels - channels, "cond_resize": "bilinear"}
     unet = _config(where, {**fields, "in_channels": channels})
-    _agree(settings, unet, difface)
+    agree(settings, unet)
     learned = unet.out_channels == 2 * unet.in_channels
     made, steps, respacing = diffusion(settings, learned, "ddim250" if difface else "250")
     config = ModelConfig(source.path.stem, unet, made, "ddpm", steps, respacing=respacing)
@@ -137,14 +138,18 @@ def _config(where: str, fields: dict[str, Any]) -> UNetConfig:
         raise IdmFastError(f"{where}: {error}") from None
 
 
-def _agree(settings: Settings, unet: UNetConfig, difface: bool) -> None:
-    """What was given beside must be what the tensors say."""
-    levels = range(len(unet.channel_mult))
+def agree(settings: Settings, unet: UNetConfig) -> None:
+    """What was given beside must be what the tensors say.
+
+    ``attention_resolutions`` are rates of down-sampling in the network's own arguments and in LDM, and sides in pixels
+    in guided-diffusion's flags and in DifFace: either will do.
+    """
     blocks = list(unet.num_res_blocks)
     given = settings.given.get("num_res_blocks", blocks)
     settings.agree("num_res_blocks", blocks[:1] if len(given) == 1 and len(set(blocks)) == 1 else blocks)
     settings.agree("super_res", unet.cond_channels > 0)
-    settings.agree("in_channels", unet.in_channels)
+    if settings.given.get("in_channels") != unet.in_channels + unet.cond_channels:
+        settings.agree("in_channels", unet.in_channels)
     settings.agree("out_channels", unet.out_channels)
     settings.agree("use_scale_shift_norm", unet.use_scale_shift_norm)
     settings.agree("resblock_updown", unet.resample == "resblock")
@@ -154,13 +159,20 @@ def _agree(settings: Settings, unet: UNetConfig, difface: bool) -> None:
     settings.agree("class_cond", unet.num_classes > 0)
     if not unet.time_channels:  # else its first multiplier is a fraction
         settings.agree("model_channels", unet.model_channels)
+        settings.agree("num_channels", unet.model_channels)
         settings.agree("channel_mult", list(unet.channel_mult))
-    rates = [2**level for level in levels]
-    sides = [unet.image_size // rate for rate in rates] if difface else rates
-    here = {sides[level] for level in levels}
-    asked = settings.given.get("attention_resolutions")
-    if asked is not None and sorted(set(asked) & here) != sorted(sides[level] for level in unet.attention_levels):
-        settings.agree("attention_resolutions", [sides[level] for level in unet.attention_levels])
+    _agree_attention(settings, unet)
+
+
+def _agree_attention(settings: Settings, unet: UNetConfig) -> None:
+    asked = set(settings.given.get("attention_resolutions", ()))
+    rates = [2**level for level in range(len(unet.channel_mult))]
+    sides = [unet.image_size // rate for rate in rates]
+    meant = [[each[level] for level in unet.attention_levels] for each in (rates, sides)]
+    if "attention_resolutions" in settings.given and not any(
+        asked & set(each) == set(found) for each, found in zip((rates, sides), meant, strict=True)
+    ):
+        settings.agree("attention_resolutions", meant[0])
 
 
 def _uneven(source: Source) -> bool:
@@ -177,14 +189,14 @@ GUIDED_DIFFUSION = Format(
     "U-Net of guided-diffusion or improved-diffusion",
     lambda source: looks_guided(source.tensors),
     lambda source, settings, averaged: _read(source, settings, False, averaged),
-    (*NETWORK_SETTINGS, *DIFFUSION_SETTINGS, *_INFERRED),
-    _ASIDE,
+    (*NETWORK_SETTINGS, *DIFFUSION_SETTINGS, *INFERRED),
+    ASIDE,
 )
 DIFFACE = Format(
     "difface",
     "U-Net of DifFace",
     lambda source: looks_guided(source.tensors) and _uneven(source),
     lambda source, settings, averaged: _read(source, settings, True, averaged),
-    (*NETWORK_SETTINGS, *DIFFUSION_SETTINGS, *_INFERRED),
-    _ASIDE,
+    (*NETWORK_SETTINGS, *DIFFUSION_SETTINGS, *INFERRED),
+    ASIDE,
 )

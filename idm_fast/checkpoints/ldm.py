@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from idm_fast.checkpoints.format import Format, Reading, modules_to_names
-from idm_fast.checkpoints.guided_diffusion import NETWORK_SETTINGS, network_fields
+from idm_fast.checkpoints.guided_diffusion import ASIDE, INFERRED, NETWORK_SETTINGS, agree, network_fields
 from idm_fast.checkpoints.guided_keys import modules, structure
 from idm_fast.checkpoints.schedules import from_betas
 from idm_fast.checkpoints.settings import Setting, Settings
@@ -22,6 +22,7 @@ _RAW = "model.diffusion_model."
 _PREDICTIONS: dict[str, Prediction] = {"eps": "eps", "x0": "x0", "v": "v"}
 _SETTINGS = (
     *NETWORK_SETTINGS,
+    *INFERRED,
     Setting("parameterization", "word", "what the network predicts", "eps", tuple(_PREDICTIONS)),
     Setting("linear_start", "number", "first beta, where the file has no table", 0.0015),
     Setting("linear_end", "number", "last beta, where the file has no table", 0.0195),
@@ -49,6 +50,7 @@ def _read(source: Source, settings: Settings, averaged: bool | None) -> Reading:
         unet = UNetConfig(**fields)
     except IdmFastError as error:
         raise IdmFastError(f"{where}: {error}") from None
+    agree(settings, unet)
     with torch.device("meta"):
         module = UNet(unet)
     names = modules_to_names(module, modules(module, _RAW))
@@ -76,5 +78,5 @@ LDM = Format(
     lambda source: any(name.startswith(_RAW) for name in source.tensors),
     _read,
     _SETTINGS,
-    frozenset({"format"}),
+    ASIDE,
 )

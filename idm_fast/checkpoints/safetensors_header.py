@@ -20,9 +20,13 @@ def check_container(path: Path) -> None:
             start = file.read(8)
     except OSError as error:
         raise IdmFastError(f"{path}: cannot be read: {error.strerror}") from None
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
+    if not is_believable(path, start):
         raise IdmFastError(
             f"{path}: must be a safetensors file with a header of 2..{LARGEST_HEADER} bytes inside it, "
             f"got {size} bytes that begin with {start[:8]!r}"
         )
+
+
+def is_believable(path: Path, start: bytes) -> bool:
+    """Whether the first eight bytes can be the length of a header that lies in the file."""
+    return len(start) == 8 and 2 <= int.from_bytes(start, "little") <= min(path.stat().st_size - 8, LARGEST_HEADER)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from idm_fast.checkpoints.safetensors_header import check_container
+from idm_fast.checkpoints.safetensors_header import check_container, is_believable
 from idm_fast.checkpoints.torch_file import load_torch, looks_like_torch
 from idm_fast.errors import IdmFastError
 
@@ -65,6 +65,11 @@ def open_source(path: str | Path) -> Source:
         raise IdmFastError(f"{path}: cannot be read: {error.strerror or error}") from None
     if path.suffix.lower() != ".safetensors" and looks_like_torch(start):
         return _torch(path)
+    if path.suffix.lower() != ".safetensors" and not is_believable(path, start):
+        raise IdmFastError(
+            f"{path}: must be a torch file (an archive or a pickle), safetensors, or a diffusers folder, "
+            f"got {path.stat().st_size} bytes that begin with {start!r}"
+        )
     return _safetensors(path)
 
 

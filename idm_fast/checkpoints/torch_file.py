@@ -12,15 +12,18 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from idm_fast.errors import IdmFastError
 
 _ZIP = b"PK\x03\x04"
-_LARGEST_PICKLE = 256 << 20  # bytes of the program itself, without the tensors; a network of 1000 tensors has 200,000
+_LARGEST_PICKLE = 16 << 20  # bytes of the program itself, without the tensors; a network of 1000 tensors has 200,000
+_EARLY_PICKLES = 5  # before torch 1.6: magic number, version, system, the object, names of its storages
 # What the trainers of the public families leave in their files. None of it is imported, all of it is a stand-in.
 _HARMLESS_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "ml_collections.")
 _HARMLESS = {
@@ -62,8 +65,7 @@ def load_torch(path: Path) -> Any:
     """
     with path.open("rb") as file:
         zipped = file.read(4) == _ZIP
-    program = _zip_program(path) if zipped else _bare_program(path)
-    named = _globals(program)
+    named = _globals(BytesIO(_zip_program(path))) if zipped else _bare_globals(path)
     refused = sorted(name for name in named if not _admitted(name))
     if refused:
         raise IdmFastError(
@@ -109,39 +111,32 @@ def _zip_program(path: Path) -> bytes:
         raise IdmFastError(f"{path}: is not a whole torch file: {error}") from None
 
 
-def _bare_program(path: Path) -> bytes:
-    """The beginning of the file: the pickles come before the tensors."""
+def _bare_globals(path: Path) -> set[str]:
     with path.open("rb") as file:
-        return file.read(_LARGEST_PICKLE)
+        return _globals(file)
 
 
-def _globals(program: bytes) -> set[str]:
-    """Names ("module.name") that the pickles at the beginning of ``program`` would import; nothing is run.
+def _globals(file: IO[bytes]) -> set[str]:
+    """Names ("module.name") that the pickles at the beginning of ``file`` would import; nothing is run.
 
     This reading is for the message and the stand-ins: what it might miss still meets torch's own refusal.
     """
     found: set[str] = set()
-    rest = program
-    try:
-        while rest[:1] == b"\x80":
-            end = 0
-            words: list[str] = []
+    with suppress(Exception):  # a damaged or unusual pickle: torch judges it
+        for _ in range(_EARLY_PICKLES):
+            words = [""]  # the last two texts
             memo: dict[int, str] = {}
-            for opcode, argument, position in pickletools.genops(rest):
-                end = (position or 0) + 1
+            for opcode, argument, _position in pickletools.genops(file):
                 if opcode.name in ("GLOBAL", "INST"):
                     found.add(str(argument).replace(" ", ".", 1))
                 elif opcode.name == "STACK_GLOBAL":
                     found.add(".".join(words[-2:]))
                 elif "UNICODE" in opcode.name or "STRING" in opcode.name:
                     words = [*words[-1:], str(argument)]
-                elif opcode.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT") and words:
+                elif opcode.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
                     memo[len(memo) if argument is None else int(argument)] = words[-1]
                 elif opcode.name in ("BINGET", "LONG_BINGET") and argument in memo:
                     words = [*words[-1:], memo[argument]]
-            rest = rest[end:]
-    except Exception:  # a damaged or unusual pickle: torch judges it
-        pass
     return {_renamed(name) for name in found}
 
 
