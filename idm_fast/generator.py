@@ -28,10 +28,11 @@ class Generator:
     def __init__(
         self, config: ModelConfig, module: UNet, device: torch.device, dtype: torch.dtype | str, engine: bool = True
     ) -> None:
-        if config.unet.cond_channels:
+        c = config.unet
+        if c.cond_channels or c.num_classes:
             raise IdmFastError(
-                f"{config.name}: a generator must have cond_channels = 0, got {config.unet.cond_channels}; "
-                "it restores: use idm-fast restore"
+                f"{config.name}: a generator must have cond_channels = num_classes = 0, got {c.cond_channels} and "
+                f"{c.num_classes}"
             )
         self.config, self.device, self.module = config, device, module.eval()
         self.dtype, quantised = chosen_dtype(dtype, device)
@@ -66,7 +67,7 @@ class Generator:
         for part in torch.split(seeds.to(self.device), batch_size):
             start = initial_noise(part, (len(part), c.unet.in_channels, size, size), self.device)
             if self._options is None:
-                out = sample(self.module, table, start, part, network_dtype=self.dtype)
+                out = sample(self._answer, table, start, part, network_dtype=self.dtype)
             else:
                 if engine is None or len(part) != batch_size:
                     engine = self._engine(len(part), table, self._options)
@@ -77,6 +78,12 @@ class Generator:
             if progress is not None:
                 progress(sum(map(len, ready)))
         return torch.cat(ready)
+
+    def _answer(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.module(x, t)
+        if out.shape != x.shape:  # behind the answer is a learned variance, which no solver here uses
+            out = out[:, : x.shape[1]].contiguous(memory_format=torch.channels_last)
+        return out
 
     def _engine(self, batch: int, table: SamplerTable, options: EngineOptions) -> Engine:
         size = self.config.unet.image_size

@@ -149,13 +149,19 @@ def test_an_image_depends_on_its_seed_alone(engine: bool) -> None:
     assert (images[0] - images[1]).abs().max() > 0.01
 
 
-def test_engine_and_modules_make_the_same_images() -> None:
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_engine_and_modules_make_the_same_images(learned_variance: bool) -> None:
     torch.manual_seed(0)
-    module = UNet(TINY.unet)
+    config = TINY
+    if learned_variance:  # as guided-diffusion's and DifFace's networks answer
+        config = replace(TINY, unet=replace(TINY.unet, out_channels=6), diffusion=DiffusionConfig())
+    module = UNet(config.unet)
     for parameter in module.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    ours, plain = (Generator(TINY, module, torch.device("cpu"), "fp32", engine) for engine in (True, False))
-    assert (ours.generate(torch.arange(3)) - plain.generate(torch.arange(3))).abs().max() < 1e-3
+    ours, plain = (Generator(config, module, torch.device("cpu"), "fp32", engine) for engine in (True, False))
+    images = ours.generate(torch.arange(3))
+    assert images.shape == (3, 3, 8, 8)
+    assert (images - plain.generate(torch.arange(3))).abs().max() < 1e-3
 
 
 def test_every_epoch_shows_each_picture_once(tmp_path: Path) -> None:
@@ -216,7 +222,9 @@ def test_presets_of_other_kinds_are_refused(settings: GeneratorSettings, name: s
 
 def test_a_restorer_is_no_generator() -> None:
     config = PRESETS["idm-64"]
-    with pytest.raises(IdmFastError, match="idm-64: a generator must have cond_channels = 0, got 3"):
+    with pytest.raises(
+        IdmFastError, match="idm-64: a generator must have cond_channels = num_classes = 0, got 3 and 0"
+    ):
         Generator(config, UNet(config.unet), torch.device("cpu"), "fp32")
 
 

@@ -121,8 +121,8 @@ def generators() -> list[str]:
     """Names of the presets that a generator run can train: no condition, and an answer that t = 1 does not break."""
 
     def fits(c: ModelConfig) -> bool:
-        return (
-            not c.unet.cond_channels and c.diffusion.prediction != "eps" and c.unet.out_channels == c.unet.in_channels
-        )
+        u = c.unet
+        plain = not u.cond_channels and not u.num_classes and u.out_channels == u.in_channels
+        return plain and c.diffusion.prediction != "eps"
 
     return [name for name, config in sorted(PRESETS.items()) if fits(config)]
