@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from idm_fast.config import DiffusionConfig, ModelConfig
 from idm_fast.crops import CropRestorer, SampleSettings
-from idm_fast.diffusion import Guidance, SamplerTable
+from idm_fast.diffusion import Guidance, SamplerTable, Schedule, build_table
 from idm_fast.engine import Engine, EngineOptions, graph
 from idm_fast.engine.buckets import bucket
 from idm_fast.engine.buffers import Arena
@@ -35,6 +35,7 @@ from idm_fast.kernels.sampler_update.rows import clamped, coefficients, limited,
 from idm_fast.ops import OPS
 
 CPU = torch.device("cpu")
+LEARNED = build_table(Schedule.linear(), "eps", "ddpm", 4, clamp=1.0, variance="learned")
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")  # what makes the host wait
 
 
@@ -149,7 +150,7 @@ class FakeRuntime:
 
 
 def _update(
-    x: Tensor, answer: Tensor, history: Tensor, table: Tensor, step: Tensor, seeds: Tensor, entry: Tensor,
+    x: Tensor, answer: Tensor, history: Tensor, table: Tensor, step: Tensor, seeds: Tensor, entry: Tensor | None,
     threshold: Tensor | None = None, unshuffle: int = 1, base: Tensor | None = None,
 ) -> None:  # fmt: skip
     """torch's update as it runs on a device; on a CPU it looks at the coefficients first."""
@@ -159,7 +160,8 @@ def _update(
     x.add_(torch.where(c == 0, 0.0, c * history))
     x.add_(s * philox_normal(seeds, tuple(x.shape), clamped(step, len(table))))
     history.copy_(x0_hat)
-    entry.copy_(x if unshuffle == 1 else torch.nn.functional.pixel_unshuffle(x, unshuffle))
+    if entry is not None:
+        entry.copy_(x if unshuffle == 1 else torch.nn.functional.pixel_unshuffle(x, unshuffle))
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +176,9 @@ def update_on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _compile(arena: Arena | None = None, batch: int = 1, table: SamplerTable | None = None, **options: Any) -> Engine:
     made = EngineOptions(backend="torch", arena=arena, **options)
-    return Engine.compile(tiny_network(), (batch, 16, 16), table or tiny_table(), dtype="fp32", options=made)
+    learned = table is not None and table.learned_variance
+    network = tiny_network(replace(TINY, residual=False, out_channels=6) if learned else TINY)
+    return Engine.compile(network, (batch, 16, 16), table or tiny_table(), dtype="fp32", options=made)
 
 
 @pytest.fixture
@@ -187,10 +191,10 @@ def arena(runtime: FakeRuntime) -> Arena:
     return Arena(CPU, runtime)
 
 
-@pytest.mark.parametrize("solver", ["dpmpp_2m", "ddpm"])
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ddpm", "learned"])
 @pytest.mark.parametrize("cache_every", [1, 2])
 def test_a_walk_is_one_graph_and_equals_the_calls(arena: Arena, solver: str, cache_every: int) -> None:
-    table = tiny_table(4, solver)
+    table = tiny_table(4, solver) if solver != "learned" else LEARNED
     eager = _compile(table=table, cache_every=cache_every)
     made = _compile(arena, table=table, cache_every=cache_every)
     for seed in (5, 6):
