@@ -14,8 +14,8 @@ from torch import Tensor
 
 from idm_fast.config import ModelConfig
 from idm_fast.crops import CropRestorer, SampleSettings
-from idm_fast.diffusion import SamplerTable, build_table, noised_start
-from idm_fast.diffusion.spacing import discrete
+from idm_fast.diffusion import SamplerTable, build_table, noised_start, respace
+from idm_fast.diffusion.spacing import Array, discrete
 from idm_fast.errors import IdmFastError
 from idm_fast.estimators import Estimator
 from idm_fast.models.unet import UNet
@@ -58,6 +58,12 @@ class DifFace(CropRestorer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (super().__reduce__()[1], self.estimator, self.start_index)
+
+    def _chain(self, respacing: str) -> Array:
+        """Times that the respaced chain keeps, rising; continuous time is cut into 1000 equal steps for it."""
+        if self.schedule.size is not None:
+            return super()._chain(respacing)
+        return (respace(1000, respacing) + 1) * (self.schedule.t_max / 1000)
 
     def _table(self, settings: SampleSettings) -> SamplerTable:
         if settings.strength != 1:
