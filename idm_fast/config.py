@@ -190,7 +190,7 @@ class ModelConfig:
     ``respacing``: the training steps that its published chain keeps, in guided-diffusion's notation ("ddim250", "250",
     "10,15,20"); it takes the place of ``steps``. ``low_res``: side in pixels to which a super-resolution network's
     condition is reduced before it is enlarged; 0: the crop is shown as it is, or reduced to a quarter where the network
-    itself enlarges it.
+    itself enlarges it. ``latent``: the network works on the latents of an autoencoder and not on pictures.
     """
 
     name: str
@@ -201,6 +201,7 @@ class ModelConfig:
     strength: float = 1.0
     respacing: str = ""
     low_res: int = 0
+    latent: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, "steps", 1)

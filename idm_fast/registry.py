@@ -170,6 +170,8 @@ def _why_not(config: ModelConfig, method: Method) -> str | None:
     """Why a network cannot restore by ``method``, in words, or None."""
     u = config.unet
     got = f"got {config.name} with {u.in_channels}, {u.cond_channels}, {u.out_channels} and {u.num_classes} classes"
+    if config.latent:
+        return f"model must work on pictures, got {config.name}, which works on the latents of an autoencoder"
     if u.num_classes:
         return f"model must have no classes, since nobody says of which class a face is, {got}"
     if u.in_channels != 3 or u.out_channels not in (3, 6) or u.cond_channels not in (0, 3):

@@ -136,6 +136,34 @@ def test_the_estimate_is_what_it_begins_with() -> None:
     torch.testing.assert_close(model.restore(y, SEEDS, SampleSettings()), x0.clamp(-1, 1), rtol=0, atol=1e-5)
 
 
+class Known(torch.nn.Module):
+    """The exact denoiser of faces that are all known: eps from their mean, weighed by how well each explains x."""
+
+    def __init__(self, faces: Tensor) -> None:
+        super().__init__()
+        self.faces = faces
+        self.bars = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+
+    def forward(self, x: Tensor, t: Tensor, cond: None) -> Tensor:
+        bar, flat = float(self.bars[int(t[0])]), self.faces.flatten(1)
+        distance = (x.flatten(1)[:, None] - bar**0.5 * flat).square().sum(-1)
+        x0 = ((-distance / (2 * (1 - bar))).softmax(1) @ flat).view_as(x)
+        return (x - bar**0.5 * x0) / (1 - bar) ** 0.5
+
+
+@pytest.mark.parametrize("settings", [SampleSettings(), SampleSettings(steps=10), SampleSettings(sampler="ddpm")])
+def test_with_the_exact_denoiser_the_clean_face_comes_back(settings: SampleSettings) -> None:
+    """The estimate is a blurred face; the prior knows twelve sharp ones."""
+    faces = crops(12) + 0.4 * torch.sin(9 * crops(12))
+    config = ModelConfig("known", PRIOR, DiffusionConfig(), "ddpm", 250)
+    model = DifFace(config, UNet(PRIOR), CPU, torch.float32, engine=False, estimator=Bicubic())
+    model.module = Known(faces)  # type: ignore[assignment]
+    small = torch.nn.functional.interpolate(faces[:2], (6, 6), mode="bicubic", antialias=True)
+    blurred = torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bicubic")
+    assert (blurred - faces[:2]).square().mean() > 0.01
+    torch.testing.assert_close(model.restore(blurred, SEEDS, settings), faces[:2].clamp(-1, 1), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
 def test_a_copy_restores_the_same(copied: Callable[[DifFace], DifFace]) -> None:
     model, y = difface(start_index=2), crops(1)
@@ -257,6 +285,26 @@ def test_models_that_do_not_fit_the_method(changes: dict[str, Any], method: str,
         load_models(path, Target("cpu", "fp32"), Method(method, "bicubic"))
     with pytest.raises(IdmFastError, match="method must be one of conditional, difface, got 'ddrm'"):
         Method("ddrm")
+
+
+def test_a_diffusers_folder(tmp_path: Path) -> None:
+    """A pipeline that the library writes is a prior without conversion; one with an autoencoder is refused."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=SIDE, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(clip_sample=True)).save_pretrained(tmp_path / "prior")
+    how = Method("difface", "bicubic", 3)
+    (model,) = load_models(tmp_path / "prior", Target("cpu", "fp32"), how)
+    assert (model.config.name, model.size, model.steps(SampleSettings())) == ("prior", SIDE, 3)
+    assert model.restore(crops(1), SEEDS[:1], SampleSettings()).isfinite().all()
+    (tmp_path / "prior" / "vqvae").mkdir()
+    with pytest.raises(
+        IdmFastError, match="must work on pictures, got prior, which works on the latents of an autoenc"
+    ):
+        load_models(tmp_path / "prior", Target("cpu", "fp32"), how)
 
 
 # ---- the shared cases, as a user meets them ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from idm_fast.checkpoints.diffusers_scheduler import SCHEDULER_SETTINGS, chain
 from idm_fast.checkpoints.format import Format, Reading
 from idm_fast.checkpoints.settings import Setting, Settings
-from idm_fast.checkpoints.source import Source
+from idm_fast.checkpoints.source import Source, read_json
 from idm_fast.config import ModelConfig, from_dict
 from idm_fast.config import UNetConfig as Config
 from idm_fast.errors import IdmFastError
@@ -94,8 +95,15 @@ def _read(source: Source, settings: Settings, averaged: bool | None) -> Reading:
     with torch.device("meta"):
         module = UNet(unet)
     old = any(".query." in name or ".proj_attn." in name for name in source.tensors)
-    config = ModelConfig(source.path.resolve().name, unet, diffusion, sampler, steps)
+    config = ModelConfig(source.path.resolve().name, unet, diffusion, sampler, steps, latent=_latent(source.path))
     return Reading(config, module, names(module, old), source.tensors)
+
+
+def _latent(folder: Path) -> bool:
+    """Whether a pipeline's folder has an autoencoder beside its network, or names one that was not fetched."""
+    index = folder / "model_index.json"
+    parts = set(read_json(index)) if index.is_file() else set()
+    return any(name in parts or (folder / name).is_dir() for name in ("vqvae", "vae"))
 
 
 def _config(where: str, values: Mapping[str, Any], settings: Settings) -> Config:

@@ -60,7 +60,7 @@ def _read(source: Source, settings: Settings, averaged: bool | None) -> Reading:
         names = {ours: tuple(_averaged(name) for name in theirs) for ours, theirs in names.items()}
     # Autoencoder, conditioning, losses and tables lie beside it; of the network itself nothing may be left over.
     dropped = frozenset(name for name in tensors if taken or not name.startswith(_RAW))
-    config = ModelConfig(source.path.stem, unet, _schedule(source, settings), "ddim", 200)
+    config = ModelConfig(source.path.stem, unet, _schedule(source, settings), "ddim", 200, latent=True)
     return Reading(config, module, names, tensors, dropped, averaged=taken if both else None)
 
 
