@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from idm_fast.bench import workload
+from idm_fast.bench import rows, workload
 from idm_fast.bench.peers import PEERS
 from idm_fast.bench.workload import psnr
 from idm_fast.checkpoints import native
 from idm_fast.config import DiffusionConfig, ModelConfig, UNetConfig
+from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
 
 GUIDED = UNetConfig(
@@ -23,6 +24,21 @@ SR3 = UNetConfig(
     cond_channels=3, concat_order="cond_x", embedding_order="sin_cos", embed_channels=32, embed_silu=False,
     use_scale_shift_norm=False, qkv_bias=False, norm_groups=16,
 )  # fmt: skip
+
+
+def test_float32_is_judged_by_what_another_order_of_sums_reaches(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """160 M parameters lose 10 dB more than our small networks do, whoever adds them up."""
+    work = workload.workload(str(tiny_model), steps=2)
+    asked, truth = rows.Asked(["fp32"]), torch.zeros(1)
+    monkeypatch.setattr(type(work), "psnr", lambda self, result, truth: 99.0)
+    rows._judge(work, "fp32", 93.5, truth, asked)
+    with pytest.raises(IdmFastError, match=r"PSNR to fp32 must be >= 93\.0 dB, got 92\.5"):
+        rows._judge(work, "fp32", 92.5, truth, asked)
+    monkeypatch.setattr(type(work), "psnr", lambda self, result, truth: 140.0)
+    with pytest.raises(IdmFastError, match=r"PSNR to fp32 must be >= 110\.0 dB, got 109\.0"):
+        rows._judge(work, "fp32", 109.0, truth, asked)
 
 
 @pytest.mark.parametrize("unet", [GUIDED, SR3], ids=["guided", "sr3"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from idm_fast.bench import ours
 from idm_fast.bench.machine import used_bytes
 from idm_fast.bench.peers import PEERS, Peer
+from idm_fast.bench.peers.public_peer import public
 from idm_fast.bench.plain import plain
 from idm_fast.bench.roofline import Ceilings
 from idm_fast.bench.timing import Candidate, Spread, interleaved
@@ -125,7 +126,7 @@ def _ours(workload: Workload, dtype: str, asked: Asked, truth: Tensor, gflop: fl
     if not torch.isfinite(result).all():
         raise IdmFastError("wrong, so it is not timed: its result is not finite")
     if dtype not in TIERS and reuse == 1:
-        _judge(workload, dtype, quality, truth)
+        _judge(workload, dtype, quality, truth, asked)
     note = "" if reuse == 1 else f"lossy: inner levels at every {reuse}. evaluation"
     parts = {"weights": held.weights, "workspace": held.workspace, "graph_pool": held.graph_pool}
     return Runner(
@@ -134,10 +135,14 @@ def _ours(workload: Workload, dtype: str, asked: Asked, truth: Tensor, gflop: fl
     )  # fmt: skip
 
 
-def _judge(workload: Workload, dtype: str, quality: float, truth: Tensor) -> None:
+def _judge(workload: Workload, dtype: str, quality: float, truth: Tensor, asked: Asked) -> None:
     """Raises where our result is wrong, so that it is not timed."""
     if dtype == "fp32":
         allowed = EXACT_DB if workload.device.type == "cpu" else SOUND_DB
+        if quality < allowed:  # a deep network: no more can be asked than torch gives that sums in another order
+            again = public(workload, dtype, asked.threads)
+            reached = workload.psnr(workload.run(again.denoise, again.network_dtype), truth)
+            allowed = min(allowed, reached - ROUNDING_DB)
     else:
         allowed = min(workload.psnr(_walk(workload, dtype), truth) - ROUNDING_DB, SOUND_DB)
     if not quality >= allowed:
