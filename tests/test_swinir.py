@@ -136,6 +136,17 @@ def test_a_public_file_is_read_and_converted(tmp_path: Path) -> None:
     assert (said["kind"], said["format"], said["parameters"]) == ("swinir", "swinir", parameters(TINY))
 
 
+def test_averaged_weights_alone_are_the_weights(tmp_path: Path) -> None:
+    """As BasicSR saves them, with the raw ones beside or without."""
+    module, other = network(), network(seed=1)
+    torch.save({"params_ema": module.state_dict()}, tmp_path / "one.pth")
+    torch.save({"params": other.state_dict(), "params_ema": module.state_dict()}, tmp_path / "both.pth")
+    x = torch.rand(1, 3, 16, 16)
+    for name in ("one.pth", "both.pth"):
+        assert torch.equal(checkpoints.load(tmp_path / name).module(x), module(x))
+    assert torch.equal(checkpoints.load(tmp_path / "both.pth", averaged=False).module(x), other(x))
+
+
 def test_another_build_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IdmFastError, match="got a position embedding"):
         checkpoints.load(public_file(tmp_path / "a.pth", network(), **{"module.absolute_pos_embed": torch.zeros(1)}))

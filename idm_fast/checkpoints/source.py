@@ -94,9 +94,9 @@ def _torch(path: Path) -> Source:
     if not isinstance(tree, Mapping):
         raise IdmFastError(f"{path}: must hold a table of tensors, got {type(tree).__name__}")
     tensors, name = _table(tree, _NESTED)
-    averaged, _ = _table(tree, _AVERAGED) if name else ({}, "")
-    if not tensors:
-        tensors, averaged = averaged, {}
+    averaged, other = _table(tree, _AVERAGED) if name or not tensors else ({}, "")
+    if not tensors:  # averaged weights alone
+        tensors, averaged, name = averaged, {}, other
     if not tensors:
         raise IdmFastError(f"{path}: must hold tensors, or a table of them under {_NESTED[0]}, got {_names(tree)}")
     stored = path.stat().st_size

@@ -206,7 +206,7 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
                     restored: Tensor = model.restore(y, seeds, asked)
                     return restored
 
-                subjects.append(Subject(shown, restore, full.steps, full.sampler, evaluations))
+                subjects.append(Subject(shown, restore, model.steps(asked), full.sampler, evaluations))
     return subjects
 
 
