@@ -92,7 +92,9 @@ def _whole(value: Any) -> bool:
 def _blocks(where: str, key: str, known: dict[str, bool], config: Mapping[str, Any]) -> list[bool]:
     """Which levels have attention."""
     given, count = config[key], len(config["block_out_channels"])
-    wrong = [block for block in given if block not in known]
+    if not isinstance(given, list | tuple):
+        raise IdmFastError(f"{where}: {key} must be a list of {count} names, got {given!r:.60}")
+    wrong = [block for block in given if not isinstance(block, str) or block not in known]
     if wrong or len(given) != count:
         raise IdmFastError(f"{where}: {key} must be {count} of {', '.join(known)}, got {wrong or given}")
     return [known[block] for block in given]
