@@ -59,8 +59,9 @@ class CodebookAverage(nn.Module):
             found = rows[chosen]
             group.broadcast(found)
             codebook.weight[dead] = found
-            self.counts[dead] = mean  # as if they were chosen like the others: time to show whether they will be
-            self.sums[dead] = mean * found
+            # Twice the bound: time to be chosen, and no weight against the latents that do.
+            self.counts[dead] = start = 2 * self.revive_below * mean
+            self.sums[dead] = start * found
         return number
 
     def use(self) -> tuple[float, float]:

@@ -24,7 +24,7 @@ class VqganSettings(RunSettings):
     degraded: float = 0.125
     codebook_lead: int = 200
     codebook_decay: float = 0.99
-    revive_below: float = 0.05
+    revive_below: float = 0.1
     revive_every: int = 20
     init_from: Path | None = None
     workers: int = 0
@@ -38,6 +38,8 @@ class VqganSettings(RunSettings):
         for name in ("degraded", "codebook_decay", "revive_below"):
             if not 0 <= getattr(self, name) < 1:
                 raise IdmFastError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not self.revive_below > 0:
+            raise IdmFastError(f"revive_below must be above 0, got {self.revive_below}")
         if self.revive_every < 1:
             raise IdmFastError(f"revive_every must be >= 1, got {self.revive_every}")
         if self.precision == "fp16":  # the picture's gradient would vanish in it
