@@ -12,6 +12,8 @@ from torch.nn.functional import interpolate
 from idm_fast.crops import CropRestorer, SampleSettings
 from idm_fast.models.swinir import SwinIR
 
+_OTHER = 1 << 62  # seeds of pictures are below: noise that the chain behind the estimate does not draw again
+
 
 class Estimator(Protocol):
     """An estimate of clean crops: ``y`` [N, 3, S, S] float32 in [-1, 1] -> the same, on y's device.
@@ -43,7 +45,7 @@ class OneStep:
         side = y.shape[-1]
         model = next((each for each in reversed(self.models) if each.size <= side), self.models[0])
         crop = y if model.size == side else _resized(y, model.size)
-        restored = model.restore(crop, seeds, SampleSettings(steps=1)).to(y.device)
+        restored = model.restore(crop, seeds ^ _OTHER, SampleSettings(steps=1)).to(y.device)
         return restored if model.size == side else _resized(restored, side)
 
 
@@ -55,7 +57,7 @@ class Regression:
 
     @torch.no_grad()
     def __call__(self, y: Tensor, seeds: Tensor) -> Tensor:
-        # One by one: its full-size convolutions need 0.5 GB a crop.
+        # One by one: a 512-px crop's widest images are 67 MB each.
         parts = [self.module((crop[None] + 1) / 2) for crop in y]
         return torch.cat(parts).mul_(2).sub_(1)
 

@@ -201,7 +201,7 @@ def test_estimators_by_name_and_file(tiny_model: Path, prior_file: Path, tmp_pat
     assert isinstance(load_models(tiny_model, target)[0], CropRestorer)
     model = ours.models[0]
     small = torch.nn.functional.interpolate(y, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
-    restored = model.restore(small, SEEDS, SampleSettings(steps=1))
+    restored = model.restore(small, SEEDS + 2**62, SampleSettings(steps=1))  # not the chain's noise once more
     expected = torch.nn.functional.interpolate(restored, (64, 64), mode="bicubic", antialias=True)
     torch.testing.assert_close(ours(y, SEEDS), expected.clamp(-1, 1), rtol=0, atol=1e-5)
     torch.manual_seed(0)
