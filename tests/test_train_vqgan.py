@@ -130,6 +130,12 @@ def test_a_run_may_begin_from_a_model_file(settings: VqganSettings) -> None:
     for name, tensor in checkpoints.load(file).module.state_dict().items():
         assert torch.equal(later.model.state_dict()[name], tensor)
         assert torch.equal(later.ema.model.state_dict()[name], tensor)
+    later.settings = replace(later.settings, learning_rate=1e-9, codebook_lead=0)
+    before = later.model.codebook.weight.clone()
+    next(later._steps())
+    moved = (later.model.codebook.weight - before).norm(dim=1)
+    assert moved.max() > 0
+    assert (moved <= 0.05 * before.norm(dim=1).mean()).all()  # learned codes are kept, not drawn anew
 
 
 def test_codes_are_the_means_of_those_that_chose_them() -> None:

@@ -17,7 +17,8 @@ class CodebookAverage(nn.Module):
     """Running ``counts`` [K] and ``sums`` [K, D] of the latents that chose each code; the code is their quotient.
 
     ``decay``: of the running sums, per step. ``revive_below``: a code chosen less often than this share of the mean is
-    dead; every ``revive_every`` steps the dead ones become latents of the step, chosen at random. At step 0 all do.
+    dead; every ``revive_every`` steps the dead ones become latents of the step, chosen at random. So do all of them at
+    the first update, but for codes to ``keep``.
     """
 
     counts: Tensor
@@ -28,6 +29,12 @@ class CodebookAverage(nn.Module):
         self.decay, self.revive_below, self.revive_every = decay, revive_below, revive_every
         self.register_buffer("counts", torch.zeros(len(codebook.weight), device=codebook.weight.device))
         self.register_buffer("sums", torch.zeros_like(codebook.weight.detach()))
+
+    @torch.no_grad()
+    def keep(self, codebook: Codebook, mean: float) -> None:
+        """Goes on from codes that have been learned, as if each had been chosen ``mean`` times a step."""
+        self.counts.fill_(mean)
+        self.sums.copy_(mean * codebook.weight)
 
     @torch.no_grad()
     def update(self, codebook: Codebook, latent: Tensor, codes: Tensor, step: int, seed: int, group: Group) -> int:
@@ -41,20 +48,23 @@ class CodebookAverage(nn.Module):
         sums = torch.zeros_like(self.sums).index_add_(0, flat, rows)
         group.add_up(counts)
         group.add_up(sums)
+        revives = step % self.revive_every == 0
+        first = revives and not bool(self.counts.any())
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         alive = self.counts > 0
         codebook.weight[alive] = self.sums[alive] / self.counts[alive, None]
-        if step % self.revive_every:
+        if not revives:
             return 0
-        return self._revive(codebook, rows, float(counts.sum()) / len(counts), step, seed, group)
+        mean = float(counts.sum()) / len(counts)
+        dead = torch.ones_like(self.counts, dtype=torch.bool) if first else self.counts < self.revive_below * mean
+        return self._revive(codebook, dead, rows, mean, (seed << 32) + step, group)
 
-    def _revive(self, codebook: Codebook, rows: Tensor, mean: float, step: int, seed: int, group: Group) -> int:
-        dead = self.counts < self.revive_below * mean if step else torch.ones_like(self.counts, dtype=torch.bool)
+    def _revive(self, codebook: Codebook, dead: Tensor, rows: Tensor, mean: float, seed: int, group: Group) -> int:
         number = int(dead.sum())
         if number:
             # On the CPU: the same choice on every device.
-            generator = torch.Generator().manual_seed((seed << 32) + step)
+            generator = torch.Generator().manual_seed(seed)
             chosen = torch.randint(len(rows), (number,), generator=generator).to(rows.device)
             found = rows[chosen]
             group.broadcast(found)

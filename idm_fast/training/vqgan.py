@@ -62,13 +62,17 @@ class VqganTrainer(Loop[VqganConfig, Vqgan]):
         config = vqgan_preset(settings.preset)
         self.faces = list_faces(settings.data, "train", settings.min_native_px)
         super().__init__(settings, config, lambda: Vqgan(config))
-        if settings.init_from is not None and not self.state_file.exists():
+        begins = settings.init_from is not None and not self.state_file.exists()
+        if settings.init_from is not None and begins:
             _begin_from(self.model, settings.init_from)
             self.ema = Ema(self.model, settings.ema_decay)
         self.model.codebook.requires_grad_(False)  # it learns by running means
         self.average = CodebookAverage(
             self.model.codebook, settings.codebook_decay, settings.revive_below, settings.revive_every
         )
+        if begins:
+            positions = settings.batch_size * self.group.size * (config.image_size // config.factor) ** 2
+            self.average.keep(self.model.codebook, positions / config.codebook_size)
         self.loss = VqganLoss(settings.loss).to(self.device)
         self.judge_optimizer: torch.optim.Optimizer | None = None
         if self.loss.judge is not None:

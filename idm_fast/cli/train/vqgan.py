@@ -34,7 +34,9 @@ def add_parser(kinds: Any) -> None:
     presets = sorted(VQGAN_PRESETS)
     t.add_argument("--preset", default=defaults.preset, choices=presets, help="network to train (default: %(default)s)")
     flags.add_numbers(t, defaults)
-    t.add_argument("--init-from", type=Path, help="model file of the same network to start from")
+    t.add_argument(
+        "--init-from", type=Path, help="model file of the same network to start from, codes and all (--codebook-lead 0)"
+    )
     flags.add_losses(t, VqganLossWeights)
 
 
