@@ -145,7 +145,8 @@ def test_a_network_that_fails_on_one_picture_costs_only_that_one(cleaning: Any, 
     restorer(fails)
     summary = cleaning.run()
     assert (summary.kept, summary.failed) == (10, 1)
-    assert "out of memory" in cleaning.records()["black.png"]["reason"]
+    said = cleaning.records()["black.png"]["reason"]
+    assert said == f"{cleaning.source / 'black.png'}: RuntimeError: as a device out of memory would"
 
 
 # The rule
@@ -222,6 +223,26 @@ def test_rejected_pictures_keep_their_bytes(cleaning: Any, restorer: Callable[..
     assert low_frequency(before, after) == pytest.approx(found["low_frequency"], abs=0.003)
 
 
+def test_a_rejected_picture_whose_original_is_gone_has_failed(
+    cleaning: Any, restorer: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = finish.look
+
+    def gone(*args: Any) -> Tensor:
+        (cleaning.source / "0.jpg").unlink(missing_ok=True)
+        return looked(*args)
+
+    restorer(lambda y: -y)
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "look", gone)
+        strict = cleaning.free_but(max_low_frequency=0.0)
+        summary = cleaning.run(strict)
+    assert (summary.rejected, summary.failed, summary.duplicate) == (9, 1, 1)
+    assert str(cleaning.source / "0.jpg") in cleaning.records()["0.jpg"]["reason"]
+    cleaning.crop(0).save(cleaning.source / "0.jpg", quality=95)
+    assert cleaning.run(strict).failed == 0
+
+
 def test_blend_takes_a_part(cleaning: Any, restorer: Callable[..., None]) -> None:
     restorer(lambda y: -y)
     for blend in (0.0, 0.5, 1.0):
@@ -260,11 +281,16 @@ def test_the_command_says_what_it_did(cleaning: Any, capsys: Captured, monkeypat
     for wrong in (
         ["--blend", "2"],
         ["--report", str(cleaning.source / "x.png")],
+        ["--report", str(out / "0.png")],
         ["--report", "x.html"],
+        ["--report", str(sheet / "in-a-file.png")],
         ["--steps", "7"],
     ):
         assert main([*command, "--aligned", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main([*command, "--max-low-frequency", "few"])
+    assert "--max-low-frequency: must be a number or none, got 'few'" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_no_wrong_usage(cleaning: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

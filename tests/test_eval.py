@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from idm_fast.errors import IdmFastError
 from idm_fast.evaluation import inception
 from idm_fast.evaluation.metrics import FaceMetrics, psnr
 from idm_fast.evaluation.parts import Parts
-from idm_fast.evaluation.pictures import load_at, picture_set
+from idm_fast.evaluation.pictures import fingerprint, load_at, picture_set
 from idm_fast.evaluation.plots import draw
 from idm_fast.evaluation.report import Report, Subject, evaluate
 from idm_fast.evaluation.table import Row, estimates
@@ -152,6 +153,14 @@ def test_twins_are_found_where_the_split_has_its_own_folder(faces: Path, tmp_pat
     assert (
         picture_set(tmp_path / "restored", clean, faces, SIDE, taken=["restored"]).name == f"{tmp_path.name}/restored"
     )
+
+
+def test_a_name_that_is_no_text_has_a_fingerprint(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    path.write_bytes(b"1")
+    before = fingerprint([path])
+    path.write_bytes(b"22")
+    assert fingerprint([path]) != before
 
 
 def test_the_set_of_the_clean_faces_is_no_distance_away(tmp_path: Path) -> None:

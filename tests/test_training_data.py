@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from idm_fast.errors import IdmFastError
-from idm_fast.training.data import FaceFile, FacePairs, list_faces, load_crop, to_tensor
+from idm_fast.training.data import FaceFile, FacePairs, UnreadableError, list_faces, load_crop, to_tensor
 
 
 def _save(path: Path, width: int, height: int = 0, seed: int = 0) -> Path:
@@ -135,6 +135,39 @@ def test_other_kinds_of_pixels_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new("RGB", (16, 16), (200, 200, 200)).convert(mode).save(path)
     assert load_crop(path, 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
+def test_sixteen_bits_are_not_clipped(tmp_path: Path, name: str) -> None:
+    levels = np.tile(np.arange(0, 256, 4, dtype=np.uint16) * 257, (64, 1))
+    Image.fromarray(levels).save(tmp_path / name)
+    Image.fromarray((levels // 257).astype(np.uint8)).save(tmp_path / "eight.png")
+    assert torch.equal(load_crop(tmp_path / name, 64), load_crop(tmp_path / "eight.png", 64))
+
+
+def test_a_turned_crop_is_set_upright(tmp_path: Path) -> None:
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be seen, it must be turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(load_crop(tmp_path / "turned.png", 32), load_crop(tmp_path / "upright.png", 32))
+
+
+def test_a_torn_picture_of_sixteen_bits_is_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "torn.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (64, 64), dtype=np.uint16)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UnreadableError, match=r"torn\.png"):
+        load_crop(path, 64)
+
+
+def test_hidden_files_are_no_faces(tmp_path: Path) -> None:
+    """What a Mac leaves beside each picture, and what a killed ``idm-fast clean`` leaves unfinished."""
+    for name in ("a.png", "._a.png", ".clean/parts/1-0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [face.path.name for face in list_faces(tmp_path, "train")] == ["a.png"]
 
 
 def test_pixels_become_minus_one_to_one() -> None:

@@ -83,7 +83,10 @@ class Finisher:
         assert work.picture is not None
         shares = [verdict.share for verdict in verdicts]
         if not any(shares):
-            record = self._copied(work.task, "beyond the bounds") | {"result": "rejected"}
+            record = self._copied(work.task, "beyond the bounds")
+            if record["result"] == "failed":  # the original is gone since
+                return record
+            record["result"] = "rejected"
             pixels = work.picture.pixels
         else:
             if min(shares) < 1.0 and len(set(shares)) == 1:  # exactly what was judged

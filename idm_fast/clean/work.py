@@ -173,7 +173,7 @@ class Cleaner:
             work.crops = [crop_of(picture, face, model.size) for face, model in pairs]
             work.picture, work.faces, work.restored = picture, faces, [None] * len(faces)
         except Exception as error:
-            return Work(task, error=reason(error))
+            return Work(task, error=self._named(task, error))
         return work
 
     def _batch(self, model: CropRestorer, batch: list[tuple[Work, int]]) -> None:
@@ -184,13 +184,18 @@ class Cleaner:
             out = model.restore(y, seeds, self.options.sampling)
         except Exception as error:
             if len(batch) == 1:
-                batch[0][0].error = reason(error)
+                batch[0][0].error = self._named(batch[0][0].task, error)
                 return
             for each in batch:
                 self._batch(model, [each])
             return
         for (work, k), crop in zip(batch, out, strict=True):
             work.restored[k] = crop
+
+    def _named(self, task: Task, error: Exception) -> str:
+        """The reason, with the picture it is of: a network's error knows of none."""
+        text, path = reason(error), str(self.setup.source / task.name)
+        return text if path in text else f"{path}: {text}"
 
     def _seed(self, task: Task) -> int:
         """By the picture's name: one noise for all would leave its print on the whole set, and a number by order would

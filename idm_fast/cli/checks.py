@@ -1,6 +1,8 @@
-"""What several commands ask of their arguments before any work. All raise ``IdmFastError``: exit code 2."""
+"""What several commands ask of their arguments before any work. All that is wrong ends in exit code 2."""
 
 from __future__ import annotations
+
+import argparse
 
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, use_backend
@@ -20,3 +22,13 @@ def check_backend(names: str | None) -> None:
             pass
     except BackendError as error:
         raise IdmFastError(f"--{error}") from None
+
+
+def number_or_none(text: str) -> float | None:
+    """A bound as it is typed."""
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or none, got {text!r}") from None

@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from idm_fast.clean.manifest import DiskError
 from idm_fast.clean.options import CleanOptions, CleanSummary
 from idm_fast.clean.session import clean
+from idm_fast.cli.checks import number_or_none
 from idm_fast.diffusion import SOLVERS
 from idm_fast.errors import IdmFastError
 from idm_fast.registry import DEFAULT_MODEL, FAMILIES, shipped
@@ -64,11 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     p = parser.add_argument_group("rule")
     p.add_argument(
-        "--max-identity-distance", type=_bound, default=d.max_identity_distance, metavar="D",
+        "--max-identity-distance", type=number_or_none, default=d.max_identity_distance, metavar="D",
         help="recognition distance to the original, or 'none' to go without recognition (default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
-        "--max-low-frequency", type=_bound, default=d.max_low_frequency, metavar="D",
+        "--max-low-frequency", type=number_or_none, default=d.max_low_frequency, metavar="D",
         help="difference of 16 x 16 thumbnails, 0..1, or 'none' (default: %(default)s)",
     )  # fmt: skip
     p.add_argument(
@@ -99,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.report is not None:
-        _check_report(args.report, args.source)
+        _check_report(args.report, args.source, args.out)
     options = CleanOptions(
         args.steps, args.sampler, args.strength, args.seed, args.max_identity_distance, args.max_low_frequency,
         args.blend, args.aligned, None if args.ext is None else args.ext.lower().removeprefix("."),
@@ -147,12 +149,16 @@ def _say(summary: CleanSummary) -> None:
     print(f"idm-fast: {said}", file=sys.stderr)
 
 
-def _check_report(path: Path, source: Path) -> None:
+def _check_report(path: Path, source: Path, out: Path) -> None:
     if path.suffix.lower() != ".png" or path.is_dir():
         raise IdmFastError(f"--report must be a file that ends in .png, got {path}")
-    if path.resolve().is_relative_to(source.resolve()):
-        raise IdmFastError(f"--report must lie outside of the source {source}, got {path}")
-
-
-def _bound(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+    # In the output too it would be one of the pictures that the next model is trained on.
+    for name, folder in (("source", source), ("output", out)):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise IdmFastError(f"--report must lie outside of the {name} {folder}, got {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):  # before the hours of work that it is to tell of
+            pass
+    except OSError as error:
+        raise IdmFastError(f"--report must lie in a writable folder, got {path}: {error.strerror or error}") from None

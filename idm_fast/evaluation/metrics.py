@@ -110,9 +110,10 @@ def bootstrap_mean(values: Tensor | FloatArray | Sequence[float], seed: int, dra
     numbers = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
     if numbers.ndim != 1 or not len(numbers):
         raise ValueError(f"bootstrap_mean: values must be [N >= 1], got {numbers.shape}")
-    picks = np.random.default_rng(seed).integers(0, len(numbers), (draws, len(numbers)))
+    rng = np.random.default_rng(seed)
+    # One resampling at a time: all of them together would take 16 KB of memory a value.
+    means = np.sort([numbers[rng.integers(0, len(numbers), len(numbers))].mean() for _ in range(draws)])
     # Picked and not interpolated: the PSNR of equal images is infinite.
-    means = np.sort(numbers[picks].mean(axis=1))
     return Estimate(float(numbers.mean()), float(means[int(0.025 * draws)]), float(means[int(0.975 * draws)]))
 
 

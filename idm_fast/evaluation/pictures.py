@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from idm_fast.errors import IdmFastError
-from idm_fast.training.data import PICTURES, read_square, to_tensor
+from idm_fast.training.data import PICTURES, picture_paths, read_square, to_tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def picture_set(folder: Path, clean: Sequence[Path], root: Path, size: int, take
     """
     if not folder.is_dir():
         raise IdmFastError(f"{folder}: must be a folder of pictures, got nothing there")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not _hidden(path, folder))
+    files = sorted(picture_paths(folder))
     if not files:
         raise IdmFastError(f"{folder}: must hold pictures ({' '.join(sorted(PICTURES))}), got none")
     names = {path: path.relative_to(folder).with_suffix("") for path in files}
@@ -98,10 +98,5 @@ def fingerprint(paths: Sequence[Path]) -> str:
             state = path.stat()
         except OSError as error:
             raise IdmFastError(f"{path}: must be a picture, got none: {error.strerror}") from None
-        digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+        digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    """Copies from a Mac leave a file that begins with a dot beside every picture."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from idm_fast.errors import IdmFastError
+from idm_fast.images import read_image
 from idm_fast.training.degradation import degrade
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+_ORIENTATION = 0x0112  # EXIF
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class FaceFile:
     path: Path
     native_px: int
     source: str
+
+
+def picture_paths(folder: Path) -> Iterator[Path]:
+    """Pictures below ``folder``, in no fixed order; hidden ones, unfinished or of another program, are left out."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in PICTURES and not hidden:
+            yield path
 
 
 def list_faces(folder: Path, split: str, min_native_px: int = 0) -> list[FaceFile]:
@@ -58,7 +69,7 @@ def list_faces(folder: Path, split: str, min_native_px: int = 0) -> list[FaceFil
         except (TypeError, ValueError) as error:  # a short row, or one that is not a number
             raise IdmFastError(f"{table}: native_px must be a whole number in every row: {error}") from None
     elif folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+        files = sorted(picture_paths(folder))
         faces = [FaceFile(path, 0, "") for path in files] if split == "train" else []
     else:
         raise IdmFastError(f"{folder}: must be a folder of aligned faces or photographs, got nothing there")
@@ -77,10 +88,15 @@ class UnreadableError(IdmFastError):
 
 
 def read_square(path: Path) -> Image.Image:
-    """The aligned crop in ``path`` as RGB. Raises ``UnreadableError``, or ``IdmFastError`` where it is not square."""
+    """The aligned crop in ``path``, upright, as RGB of 8 bits.
+
+    Raises ``UnreadableError``, or ``IdmFastError`` where it is not square.
+    """
     try:
         with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
+            # Pillow would clip the 16 bits of a grey picture to white, and leave a turned one lying.
+            plain = picture.mode[0] not in "IF" and picture.getexif().get(_ORIENTATION, 1) == 1
+            rgb = picture.convert("RGB") if plain else _read_carefully(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableError(f"{path}: cannot be read as a picture: {error}") from None
     if rgb.width != rgb.height:
@@ -89,6 +105,14 @@ def read_square(path: Path) -> Image.Image:
             "of photographs the faces must be cut out first (idm-fast train --align)"
         )
     return rgb
+
+
+def _read_carefully(path: Path) -> Image.Image:
+    try:
+        pixels = read_image(path).pixels
+    except IdmFastError as error:
+        raise UnreadableError(str(error)) from None
+    return Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))
 
 
 def to_tensor(rgb: Image.Image, size: int) -> Tensor:

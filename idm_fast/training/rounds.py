@@ -225,4 +225,5 @@ def digest(path: Path) -> str:
 def fingerprint(faces: list[FaceFile], folder: Path) -> str:
     """How many faces, and a checksum of their names under ``folder`` and native sizes."""
     names = "\n".join(f"{face.path.relative_to(folder).as_posix()},{face.native_px}" for face in faces)
-    return f"{len(faces)}, {hashlib.sha256(names.encode()).hexdigest()[:12]}"
+    checksum = hashlib.sha256(names.encode(errors="surrogateescape"))  # a name on disk need not be text
+    return f"{len(faces)}, {checksum.hexdigest()[:12]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from idm_fast.clean import CleanOptions
+from idm_fast.cli.checks import number_or_none
 from idm_fast.cli.train import flags
 from idm_fast.diffusion import SOLVERS
 from idm_fast.training.degradation import LEVELS
@@ -107,10 +108,6 @@ def _add_judging(t: argparse.ArgumentParser) -> None:
     judging.add_argument("--eval-steps", nargs="+", type=int, default=list(d.steps), help="default: 1 4")
     judging.add_argument("--eval-limit", type=int, metavar="N", help="only the first N faces (default: all)")
     judging.add_argument("--no-eval", action="store_true", help="judge no model: cleaning and training only")
-
-
-def number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
 
 
 _DEFAULTS = RoundSettings(flags.DEFAULTS)
