@@ -137,7 +137,10 @@ def load_estimator(name_or_path: str | Path, target: Target) -> Estimator:
     """
     if str(name_or_path) in ESTIMATORS:
         return ESTIMATORS[str(name_or_path)]()
-    files = find_files(name_or_path)
+    try:
+        files = find_files(name_or_path)
+    except IdmFastError as error:
+        raise IdmFastError(f"estimator must be {', '.join(ESTIMATORS)} or a model, and a {error}") from None
     first = checkpoints.load(files[0])
     if isinstance(first.module, SwinIR):
         return Regression(first.module, target.resolved()[0])
