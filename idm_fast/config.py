@@ -25,7 +25,7 @@ Prediction = Literal["eps", "v", "x0"]
 Variance = Literal["small", "large", "learned"]
 
 # Far above any real network; they keep a damaged or hostile file from asking for an endless one.
-_MOST_LEVELS, _MOST_BLOCKS, _MOST_TRAIN_STEPS = 10, 64, 1_000_000
+_MOST_LEVELS, _MOST_BLOCKS, _MOST_TRAIN_STEPS, _LARGEST_SIDE = 10, 64, 1_000_000, 1 << 16
 
 
 def _at_least(config: object, name: str, least: int) -> None:
@@ -112,6 +112,8 @@ class UNetConfig:
             raise IdmFastError(f"middle_scale must be > 0, got {self.middle_scale}")
         if self.image_size % self.size_multiple:
             raise IdmFastError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
+        if self.image_size > _LARGEST_SIDE:
+            raise IdmFastError(f"image_size must be <= {_LARGEST_SIDE}, got {self.image_size}")
         if self.residual and self.cond_channels != self.out_channels:
             raise IdmFastError(
                 f"residual needs cond_channels = out_channels = {self.out_channels}, got {self.cond_channels}"

@@ -98,6 +98,15 @@ def test_a_stand_in_is_never_the_thing_itself(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_names_of_globals_are_shown_harmlessly(tmp_path: Path) -> None:
+    for name in ("sys\x1b[31mtem", "x" * 100_000):
+        (tmp_path / "a.pt").write_bytes(f"\x80\x02cos\n{name}\n)R.".encode("latin1"))
+        with pytest.raises(IdmFastError, match=r"refused the global 'os\.") as caught:
+            checkpoints.load(tmp_path / "a.pt")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.9, 0.999])
 def test_a_truncated_file(kept: float, file: Path) -> None:
     content = file.read_bytes()
@@ -130,6 +139,10 @@ def test_flipped_bits(file: Path) -> None:
 
 
 def test_zip_bombs(file: Path, tmp_path: Path) -> None:
+    (twice := tmp_path / "twice.pt").write_bytes(file.read_bytes())
+    with zipfile.ZipFile(twice, "a") as archive:
+        archive.writestr("other/data.pkl", b"\x80\x02}.")
+    refused(twice, f"^{twice}: must be a torch file = an archive with one data.pkl, got ")
     for method, name in ((zipfile.ZIP_DEFLATED, "squeezed"), (zipfile.ZIP_STORED, "plain")):
         path = tmp_path / f"{name}.pt"
         with zipfile.ZipFile(path, "w", method) as archive:
@@ -207,6 +220,11 @@ def _renamed(old: str, new: str) -> Callable[[Tensors], object]:
         (_without("output_blocks.1.0.in_layers.2.weight"), "output_blocks.1.0.in_layers.2.weight"),
         (_with("output_blocks.9.0.in_layers.0.bias", torch.zeros(1)), "output_blocks must be numbered from 0"),
         (_with("input_blocks.4.0.in_layers.0.bias", torch.zeros(1)), "input_blocks must be 4 for .*, got 5"),
+        (_with("input_blocks.999999.0.in_layers.0.bias", torch.zeros(1)), r"input_blocks .* got 5 without \[4\]"),
+        (_with(f"input_blocks.{'9' * 400}.0.in_layers.0.bias", torch.zeros(1)), "1 unexpected: input_blocks.999"),
+        (_with("input_blocks.9" + "9" * 5000, torch.zeros(1)), "must be printable, of at most 500 .*, got 5014 char"),
+        (_with("out\n\x1b[31m", torch.zeros(1)), r"must be printable, .*, got 9 characters that .* 'out\\n\\x1b\[31m'"),
+        (_with("out\udcff", torch.zeros(1)), r"must be printable, .*'out\\udcff'"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit(change: Callable[[Tensors], object], message: str, file: Path) -> None:
@@ -236,6 +254,13 @@ def test_weights_that_fp16_cannot_hold(file: Path, tmp_path: Path) -> None:
     with pytest.raises(IdmFastError, match=r"must be finite in torch.float16, got inf or nan in \['out_norm.bias'\]"):
         checkpoints.convert(file, tmp_path / "b.safetensors", SETTINGS, dtype="fp16")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_folder_is_of_the_class_that_it_names(file: Path, tmp_path: Path) -> None:
+    """Whatever its tensors are called: the rest of its config would be ignored."""
+    save_file(state(), tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    refused(tmp_path, "known format = .*, got a diffusers folder of 'UNet2DConditionModel'")
 
 
 def test_safetensors_of_other_projects(file: Path) -> None:

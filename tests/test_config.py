@@ -64,6 +64,7 @@ def test_defaults_fill_what_is_left_out() -> None:
         ({"model_channels": 33}, "model_channels must be even"),
         ({"cond_channels": -1}, "cond_channels must be >= 0, got -1"),
         ({"norm_groups": 0}, "norm_groups must be >= 1, got 0"),
+        ({"image_size": 1 << 17}, "image_size must be <= 65536, got 131072"),
         ({"image_size": 33}, "image_size must be a multiple of 2, got 33"),
         ({"residual": True}, "residual needs cond_channels = out_channels = 3, got 0"),
         ({"residual": 1}, "residual must be bool, got 1"),

@@ -251,6 +251,8 @@ def test_older_names_of_a_diffusers_folder(tmp_path: Path) -> None:
             {"down_block_types": ["DownEncoderBlock2D", "FancyBlock"]},
             r"down_block_types must be 2 .* got \['FancyBlock'\]",
         ),
+        ({"down_block_types": [{}, []]}, r"down_block_types must be 2 .* got \[\{\}, \[\]\]"),
+        ({"up_block_types": None}, "up_block_types must be a list of 2 names, got None"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types must mirror down_block_types"),
         ({"down_block_types": [["x"], {}]}, r"down_block_types must be 2 of .*, got \[\['x'\], {}\]"),
         ({"up_block_types": 7}, "up_block_types must be a list of 2 names, got 7"),
@@ -276,3 +278,6 @@ def test_what_diffusers_has_not_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(IdmFastError, match="for diffusers must have unshuffle = 1, equal num_res_blocks, got vqgan"):
         diffusers_vqgan.write(tmp_path / "x", _network(replace(TINY, unshuffle=2, num_res_blocks=(1, 2))))
     assert not (tmp_path / "x").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(IdmFastError, match="file/x: cannot be written: Not a directory"):
+        diffusers_vqgan.write(tmp_path / "file" / "x", _network())

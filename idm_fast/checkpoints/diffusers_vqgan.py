@@ -129,7 +129,10 @@ def write(folder: str | Path, module: Vqgan, dtype: torch.dtype = torch.float32)
         "scaling_factor": c.latent_scale, "mid_block_add_attention": c.middle_attention,
     }  # fmt: skip
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in module.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IdmFastError(f"{folder}: cannot be written: {error.strerror or error}") from None
     with atomic(folder / "diffusion_pytorch_model.safetensors") as temporary:
         save_file(foreign(tensors, c, "diffusers"), temporary, metadata={"format": "pt"})
     with atomic(folder / "config.json") as temporary:

@@ -17,6 +17,7 @@ from idm_fast.errors import IdmFastError
 FORMATS: dict[str, Format] = {
     made.name: made for made in (DIFFUSERS, LDM, SR3, DIFFACE, GUIDED_DIFFUSION, DIFFUSERS_VQGAN, VQGAN, SWINIR)
 }
+_FOLDERS = (DIFFUSERS, DIFFUSERS_VQGAN)  # told by the class that config.json names, whatever the tensors are called
 _ALIASES = {"ldm-vq": VQGAN.name}  # other words for the same
 
 # Names by which networks of other purposes are known, for the message.
@@ -49,17 +50,17 @@ def choose(source: Source, name: str = "auto") -> Format:
         if not FORMATS[name].matches(source) and name not in _alike(source):
             raise IdmFastError(f"{source.path}: must be of format {name} = {FORMATS[name].title}, got {what(source)}")
         return FORMATS[name]
-    for made in FORMATS.values():
-        if made.matches(source):
-            return made
+    found = _matching(source)
+    if found is not None:
+        return found
     raise IdmFastError(f"{source.path}: must be of a known format = {', '.join(FORMATS)}, got {what(source)}")
 
 
 def what(source: Source) -> str:
     """What the names of an unknown file look like, for a message."""
-    matched = next((made.title for made in FORMATS.values() if made.matches(source)), None)
+    matched = _matching(source)
     if matched is not None:
-        return matched
+        return matched.title
     if source.config:
         return f"a diffusers folder of {source.config.get('_class_name')!r:.60}"
     names = list(source.tensors)
@@ -67,6 +68,11 @@ def what(source: Source) -> str:
         if any(part in name for name in names):
             return f"names of {words}: {names[:3]}"
     return f"{len(names)} tensors with names such as {names[:3]}"
+
+
+def _matching(source: Source) -> Format | None:
+    among = _FOLDERS if source.config else FORMATS.values()
+    return next((made for made in among if made.matches(source)), None)
 
 
 def _alike(source: Source) -> tuple[str, ...]:

@@ -137,9 +137,9 @@ def _levels(where: str, tensors: Mapping[str, Tensor]) -> tuple[list[int], str]:
 
 
 def _count(where: str, tensors: Mapping[str, Tensor], stem: str) -> int:
-    found = {int(match[1]) for name in tensors if (match := re.match(rf"{stem}\.(\d+)\.", name))}
+    found = {int(match[1]) for name in tensors if (match := re.match(rf"{stem}\.(\d{{1,6}})\.", name))}
     if not found or found != set(range(len(found))) or len(found) > _MOST_BLOCKS:
-        absent = sorted(set(range(max(found, default=0) + 1)) - found)[:3]
+        absent = sorted(set(range(len(found))) - found)[:3]
         raise IdmFastError(f"{where}: {stem} must be numbered from 0 without gaps, got {len(found)} without {absent}")
     return len(found)
 

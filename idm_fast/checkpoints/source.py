@@ -21,6 +21,7 @@ from idm_fast.checkpoints.torch_file import load_torch, looks_like_torch
 from idm_fast.errors import IdmFastError
 
 _LARGEST_JSON = 8 << 20  # bytes; a config of diffusers has about 1,000
+_LONGEST_NAME = 500  # characters of a tensor's name; the public families stay below 100
 _NESTED = ("state_dict", "model_state_dict", "model", "network", "params", "weights")
 _AVERAGED = ("ema", "ema_state_dict", "model_ema", "params_ema", "ema_model")
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
@@ -41,6 +42,14 @@ class Source:
     scheduler: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()  # of which the weights came
+
+    def __post_init__(self) -> None:
+        for name in (*self.tensors, *(self.averaged or ())):  # messages show them, on a terminal
+            if not name.isprintable() or len(name) > _LONGEST_NAME:
+                raise IdmFastError(
+                    f"{self.path}: names of tensors must be printable, of at most {_LONGEST_NAME} characters, "
+                    f"got {len(name)} characters that begin with {name[:60]!r}"
+                )
 
     @property
     def bytes(self) -> int:

@@ -61,7 +61,9 @@ def _structure(where: str, tensors: Mapping[str, Tensor], prefix: str) -> dict[s
             f"{where}: {prefix}downs.0.weight must take {out_channels} channels, or twice as many with a condition, "
             f"got {in_channels}"
         )
-    numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(prefix)}downs\.(\d+)\.", name))}
+    numbers = {
+        int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(prefix)}downs\.(\d{{1,6}})\.", name))
+    }
     widths: list[int] = []
     blocks, attention, fresh = [], [], True
     for i in range(1, max(numbers) + 1):

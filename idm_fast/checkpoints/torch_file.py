@@ -69,7 +69,7 @@ def load_torch(path: Path) -> Any:
     refused = sorted(name for name in named if not _admitted(name))
     if refused:
         raise IdmFastError(
-            f"{path}: refused the global {', '.join(refused[:3])}: a weights file must only rebuild tensors, "
+            f"{path}: refused the global {_shown(refused)}: a weights file must only rebuild tensors, "
             f"and nothing in it is run"
         )
     stand_ins: list[Any] = [
@@ -107,6 +107,8 @@ def _zip_program(path: Path) -> bytes:
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):
                 raise IdmFastError(f"{path}: must hold weights, got a TorchScript program, which is not run")
             return archive.read(programs[0])
+    except IdmFastError:  # which is a ValueError
+        raise
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
         raise IdmFastError(f"{path}: is not a whole torch file: {error}") from None
 
@@ -145,6 +147,11 @@ def _renamed(name: str) -> str:
     return name.replace("__builtin__.", "builtins.", 1) if name.startswith("__builtin__.") else name
 
 
+def _shown(names: list[str]) -> str:
+    """The first of them for a message: the file chose them, so neither long nor with control characters."""
+    return ", ".join(name if name.isprintable() and len(name) <= 100 else repr(name[:100]) for name in names[:3])
+
+
 def _is_harmless(name: str) -> bool:
     return name in _HARMLESS or name.startswith(_HARMLESS_PACKAGES)
 
@@ -159,7 +166,7 @@ def _reason(error: Exception, named: set[str]) -> str:
     text = " ".join(str(error).split())
     asked = re.search(r"(?:GLOBAL|function) (?:GLOBAL )?([\w.]+)", text)
     unusual = sorted(name for name in named if not _is_harmless(name) and not _REBUILDS.fullmatch(name))
-    culprit = asked[1] if asked and ("llow" in text or "blocked" in text) else ", ".join(unusual[:3])
+    culprit = asked[1] if asked and ("llow" in text or "blocked" in text) else _shown(unusual)
     if culprit:
         return f"refused the global {culprit}: a weights file must only rebuild tensors, and nothing in it is run"
     text = text.rpartition("WeightsUnpickler error: ")[2].partition("Check the documentation")[0].strip()

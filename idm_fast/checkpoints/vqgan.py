@@ -79,13 +79,13 @@ def _config(where: str, tensors: Mapping[str, Tensor], settings: Settings, name:
         raise IdmFastError(f"{where}: must be a VQGAN = tensor {_CODES}, got {kind}")
     width, in_channels = need(where, tensors, "encoder.conv_in.weight", 4)[:2]
     codes, embed = need(where, tensors, _CODES, 2)
-    levels = 1 + max(_numbers(tensors, r"encoder\.down\.(\d+)\."), default=-1)
+    levels = 1 + max(_numbers(tensors, r"encoder\.down\.(\d{1,6})\."), default=-1)
     if levels == 0:
         raise IdmFastError(f"{where}: encoder.down must hold levels, got none")
     widths, blocks, attention = [], [], []
     for level in range(levels):
         widths.append(need(where, tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0])
-        blocks.append(1 + max(_numbers(tensors, rf"encoder\.down\.{level}\.block\.(\d+)\.")))
+        blocks.append(1 + max(_numbers(tensors, rf"encoder\.down\.{level}\.block\.(\d{{1,6}})\.")))
         if f"encoder.down.{level}.attn.0.q.weight" in tensors:
             attention.append(level)
     ddconfig = _table(where, settings.given.get("ddconfig", {}))
