@@ -44,6 +44,7 @@ DEVICE = chosen_device(None)
 _BATCH = 50
 _FIRST_SAMPLE = 1_000_000  # seeds of the samples' noise begin here, the same for every run
 _LAST_PART = 0.25  # of a run: where its loss is averaged and its spread taken
+_POINTS = 25  # of a kept loss curve
 _TIMES = 16  # noise levels of each held-out face
 
 
@@ -157,6 +158,12 @@ def losses(run: Path) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
+def thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``_POINTS`` points, each the mean of as many lines of the log, at the step of the last of them."""
+    parts = [curve[i : i + -(-len(curve) // _POINTS)] for i in range(0, len(curve), -(-len(curve) // _POINTS))]
+    return [(part[-1][0], round(float(np.mean([value for _, value in part])), 5)) for part in parts]
+
+
 def measure(settings: GeneratorSettings, judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
     """The row of a run, which is trained first where it is not finished: distances and losses."""
     GeneratorTrainer(settings).run()  # writes the same file again where it is finished
@@ -171,7 +178,7 @@ def measure(settings: GeneratorSettings, judge: Judge, options: argparse.Namespa
             "last_loss": float(np.mean(last)),
             "last_loss_deviation": float(np.std(last)),
             "minutes": round(60 * model.notes["hours"], 1),
-            "curve": curve,
+            "curve": thinned(curve),
         }
 
     asked = [options.samples, options.sampling_steps, judge.name(), digest(file.read_bytes())]

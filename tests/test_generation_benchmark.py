@@ -96,6 +96,15 @@ def test_the_better_set_wins_and_a_set_can_be_added(
             assert picture.width >= 16 * 16
 
 
+def test_a_curve_is_thinned_by_means(generation: ModuleType) -> None:
+    curve = [(step, float(step)) for step in range(1, 61)]
+    thinned = generation.thinned(curve)
+    assert thinned[0] == (3, 2.0)
+    assert thinned[-1] == (60, 59.0)
+    assert len(thinned) == 20
+    assert generation.thinned(curve[:25]) == curve[:25]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
