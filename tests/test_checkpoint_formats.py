@@ -81,6 +81,51 @@ def test_a_preset_is_read_off_its_keys(name: str) -> None:
     assert DIFFACE.matches(source) is (name == "difface-512")
 
 
+@pytest.mark.parametrize(
+    ("millions", "given", "network"),
+    [
+        (554, {}, {"image_size": 256}),
+        (
+            559,
+            {"image_size": 512},
+            {"model_channels": 128, "channel_mult": (1, 2, 2, 4, 4, 8, 8), "time_channels": 256},
+        ),
+        (422, {"image_size": 128, "num_heads": 4}, {"channel_mult": (1, 1, 2, 3, 4), "num_head_channels": 0}),
+        (
+            296,
+            {"image_size": 64, "use_new_attention_order": True, "noise_schedule": "cosine"},
+            {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_res_blocks": (3,) * 4, "qkv_order": "qkv_heads"},
+        ),
+        (312, {"num_heads": 4}, {"model_channels": 192, "num_head_channels": 0, "cond_channels": 3}),
+        (
+            309,
+            {"image_size": 512},
+            {"model_channels": 192, "cond_channels": 3, "attention_levels": (4, 5)},
+        ),
+    ],
+    ids=["256", "512", "128", "64", "64 to 256", "128 to 512"],
+)
+def test_the_public_networks_with_classes(millions: int, given: dict[str, Any], network: dict[str, Any]) -> None:
+    """guided-diffusion's, with what docs/checkpoints.md says to set. Sizes are those of its paper (2105.05233)."""
+    fields: dict[str, Any] = {"image_size": 256, "model_channels": 256, "channel_mult": (1, 1, 2, 2, 4, 4)} | network
+    fields["image_size"] = given.get("image_size", 256)
+    levels = len(fields["channel_mult"])
+    fields["attention_levels"] = tuple(i for i in range(levels) if fields["image_size"] >> i in (32, 16, 8))
+    fields |= {"num_res_blocks": (2,) * levels, "num_head_channels": 64, "qkv_order": "heads_qkv"} | network
+    fields["num_heads"] = given.get("num_heads", 1)
+    fields["cond_resize"] = "bilinear" if "cond_channels" in network else "none"
+    config = UNetConfig(**fields, out_channels=6, resample="resblock", use_scale_shift_norm=True, num_classes=1000)
+    with torch.device("meta"):
+        unet = UNet(config)
+    assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6) == millions
+    tensors = as_guided(unet)
+    made = GUIDED_DIFFUSION.read(
+        Source(Path("x.pt"), "torch file", tensors), Settings("x.pt", GUIDED_DIFFUSION.settings, given), None
+    ).config
+    assert made.unet == config
+    assert made.diffusion == DiffusionConfig(given.get("noise_schedule", "linear"), variance="learned")
+
+
 def test_the_widest_guided_network_has_a_narrower_stem(tmp_path: Path) -> None:
     """The 512-px network's first multiplier is 0.5: its sinusoid is twice as wide as its stem."""
     unet = random_network(replace(TINY, time_channels=64, channel_mult=(1, 2, 2), num_res_blocks=(1, 1, 1)))
