@@ -15,6 +15,7 @@ from idm_fast.config_vqgan import VqganConfig, vqgan_preset
 from idm_fast.engine import EngineOptions, autoencoder
 from idm_fast.engine.autoencoder import AutoencoderEngine
 from idm_fast.engine.buffers import Arena
+from idm_fast.engine.memory import OutOfMemory
 from idm_fast.errors import IdmFastError
 from idm_fast.models.vqgan import Vqgan
 
@@ -166,6 +167,22 @@ def test_what_it_refuses() -> None:
             call(torch.zeros(2, 3, 8, 12, dtype=torch.int64))
     with pytest.raises(IdmFastError, match="cannot be pickled or copied"):
         copy.deepcopy(engine)
+
+
+def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked before it is taken; and in a capture, after which the engine still works."""
+    with monkeypatch.context() as patched:
+        patched.setattr("idm_fast.engine.memory.available", lambda device: 2**10)
+        with pytest.raises(OutOfMemory, match="memory on cpu must hold the plan = 0 MiB, got 0 MiB free"):
+            AutoencoderEngine.compile(_network(), SHAPE)
+    runtime = FakeRuntime()
+    options = EngineOptions(backend="torch", arena=Arena(torch.device("cpu"), runtime))
+    engine = AutoencoderEngine.compile(_network(), SHAPE, dtype="fp32", options=options)
+    runtime.exhausted = 1
+    with pytest.raises(OutOfMemory, match="must hold 2 images of 16 x 24, got: Tried to allocate"):
+        engine.encode(_pictures())
+    expected = AutoencoderEngine.compile(_network(), SHAPE, dtype="fp32", options=EngineOptions(backend="torch"))
+    assert torch.equal(engine.encode(_pictures()), expected.encode(_pictures()))
 
 
 def test_another_instruction_set_is_refused() -> None:

@@ -180,6 +180,9 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
         Guidance(lambda x0: x0, **settings)
     with pytest.raises(IdmFastError, match="factor must divide the picture's 8 x 8, got 3"):
         low_frequencies(REFERENCE, 3)
+    for reference, got in ((REFERENCE[0], r"torch.float32 \[3, 8, 8\]"), (REFERENCE.to(torch.uint8), "torch.uint8")):
+        with pytest.raises(IdmFastError, match=rf"reference must be float \[N, C, H, W\], got {got}"):
+            low_frequencies(reference, 2)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,21 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 )
 def test_a_gradient_of_another_kind_is_refused(gradient: Callable[[Tensor], Tensor], got: str) -> None:
     with pytest.raises(IdmFastError, match=rf"gradient must be float \[3, 3, 8, 8\] on cpu, got .*{got}"):
+        walk(build_table(COSINE, "x0", "ddim", 2), Guidance(gradient))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [
+        (lambda x0: None, "gradient must be a tensor, got NoneType"),
+        (gradient_of(lambda x0: torch.zeros(3)), "loss must be a tensor that depends on x0_hat"),
+        (gradient_of(lambda x0: 1.0), "loss must be a tensor that depends on x0_hat"),  # type: ignore[arg-type,return-value]
+        (low_frequencies(REFERENCE[:1], 4), r"reference must be \[3, 3, 8, 8\], got \[1, 3, 8, 8\]"),
+        (low_frequencies(torch.zeros(3, 3, 16, 16), 4), r"reference must be \[3, 3, 8, 8\], got \[3, 3, 16, 16\]"),
+    ],
+)
+def test_what_gives_no_gradient_is_refused(gradient: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(IdmFastError, match=f"guidance: {message}"):
         walk(build_table(COSINE, "x0", "ddim", 2), Guidance(gradient))
 
 

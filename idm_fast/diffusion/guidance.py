@@ -99,13 +99,15 @@ class Steering:
     def _computed_change(self, x0_hat: Tensor) -> Tensor:
         # Who asks may be under inference mode, whose tensors have no gradients.
         with torch.inference_mode(False), torch.enable_grad():
-            gradient = self.guidance.gradient(x0_hat.clone()).detach()
+            gradient = self.guidance.gradient(x0_hat.clone())
+        if not isinstance(gradient, Tensor):
+            raise IdmFastError(f"guidance: gradient must be a tensor, got {type(gradient).__name__}")
         if gradient.shape != x0_hat.shape or gradient.device != x0_hat.device or not gradient.is_floating_point():
             raise IdmFastError(
                 f"guidance: gradient must be float {list(x0_hat.shape)} on {x0_hat.device}, "
                 f"got {gradient.dtype} {list(gradient.shape)} on {gradient.device}"
             )
-        change = -self.guidance.scale * gradient.float()
+        change = -self.guidance.scale * gradient.detach().float()
         finite = torch.isfinite(change).flatten(1).all(1)
         self.guidance._count(~finite)
         # Chosen, not multiplied: NaN times 0 is NaN.
@@ -116,9 +118,10 @@ def gradient_of(loss: Loss) -> Gradient:
     """The gradient by x0_hat of ``loss(x0_hat)`` [N], one number an image, by autograd."""
 
     def gradient(x0_hat: Tensor) -> Tensor:
-        x0_hat.requires_grad_(True)
-        (found,) = torch.autograd.grad(loss(x0_hat).sum(), x0_hat)
-        return found
+        found = loss(x0_hat.requires_grad_(True))
+        if not isinstance(found, Tensor) or not found.requires_grad:
+            raise IdmFastError("guidance: loss must be a tensor that depends on x0_hat, got one without a gradient")
+        return torch.autograd.grad(found.sum(), x0_hat)[0]
 
     return gradient
 
@@ -128,11 +131,17 @@ def low_frequencies(reference: Tensor, factor: int) -> Gradient:
 
     ``reference`` [N, C, H, W], H and W multiples of ``factor``. With scale 1 the means become those of the reference.
     """
+    if reference.dim() != 4 or not reference.is_floating_point():
+        raise IdmFastError(
+            f"guidance: reference must be float [N, C, H, W], got {reference.dtype} {list(reference.shape)}"
+        )
     height, width = reference.shape[2:]
     if factor < 1 or height % factor or width % factor:
         raise IdmFastError(f"guidance: factor must divide the picture's {height} x {width}, got {factor}")
 
     def gradient(x0_hat: Tensor) -> Tensor:
+        if reference.shape != x0_hat.shape:
+            raise IdmFastError(f"guidance: reference must be {list(x0_hat.shape)}, got {list(reference.shape)}")
         means = F.avg_pool2d(x0_hat - reference, factor)
         return means.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 

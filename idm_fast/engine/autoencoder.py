@@ -196,8 +196,12 @@ class AutoencoderEngine:
             return
         graphs, name = self.arena.graphs, (key, 0)
         if not graphs.has(self._owner, [name]):
-            self.arena.runtime.warm_up(lambda: part.run(quantize))
-            graphs.capture(self._owner, {name: lambda: part.run(quantize)})
+            try:
+                self.arena.runtime.warm_up(lambda: part.run(quantize))
+                graphs.capture(self._owner, {name: lambda: part.run(quantize)})
+            except torch.OutOfMemoryError as error:
+                n, _, height, width = self.encoder.x.shape
+                raise exhausted((n, height, width), error) from None
             place.copy_(given)
         graphs.replay(self._owner, name)
 

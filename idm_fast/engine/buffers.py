@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from idm_fast.engine.graph_pool import GraphPool
+from idm_fast.engine.memory import require
 from idm_fast.engine.nodes import Columns, Node, Operand, StatsValue, Value
 from idm_fast.engine.runtime import Runtime, runtime_of
 from idm_fast.errors import IdmFastError
@@ -63,9 +64,10 @@ class Arena:
             self.walking = False
 
     def take(self, nbytes: int) -> Tensor:
-        """The first ``nbytes`` of it. Raises what torch raises where there is no such memory."""
+        """The first ``nbytes`` of it. Raises ``OutOfMemory``, or what torch raises, where there is no such memory."""
         with self.lock:
             if nbytes > self.nbytes:
+                require(nbytes, self.device)
                 self._memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
                 self.generation += 1
             return self._memory[:nbytes]

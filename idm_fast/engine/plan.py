@@ -12,7 +12,6 @@ from idm_fast.engine.autotune import Autotuner
 from idm_fast.engine.bind import Binder, BoundNode, Call
 from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
-from idm_fast.engine.memory import require
 from idm_fast.engine.nodes import Conv, Node
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
@@ -42,8 +41,6 @@ def laid_out(
 ) -> LaidOut:
     """``nodes`` bound to buffers in ``arena``; the rest is what ``Buffers`` holds beside them."""
     places, nbytes = images(nodes)
-    if nbytes > arena.nbytes:
-        require(nbytes, weights.device)
     memory = arena.take(nbytes)
     tensors = {value: viewed(memory, offset, value) for value, offset in places.items()}
     buffers = Buffers(tensors, {}, row, rows, coefficients, step, seeds)
