@@ -88,14 +88,21 @@ def growth(rows: Sequence[Row], what: str, x_label: str, y_label: str, path: Pat
     if not several:
         return False
     series: plot.Series = {}
+    differs = [key for key in held if len({family[0][key] for family in several}) > 1]
     for family in several:
+        about = [_said(key, family[0][key]) for key in differs]
         for row in family:
-            name = f"{row['preset']} {label(row)}" if len(several) > 1 else label(row)
+            name = ", ".join([label(row), *about])
             series.setdefault(name, []).append((row[what], _cost(row, what)))
     longest = {name: points for name, points in series.items() if len(points) > 1}
     title = f"Cost as {what if what != 'height' else 'the size'} grows"
     plot.lines(path, longest, title, x_label, y_label, log_x=True, log_y=what != "batch")
     return True
+
+
+def _said(key: str, value: Any) -> str:
+    """Of a workload, in the words of a legend."""
+    return str(value) if key == "preset" else f"file {value + 1}" if key == "file" else f"{key} {value}"
 
 
 def _cost(row: Row, what: str) -> float:

@@ -24,7 +24,7 @@ from idm_fast.bench import ours, roofline
 from idm_fast.bench.machine import machine
 from idm_fast.bench.peers.torch_peers import eager
 from idm_fast.bench.rows import PAUSE
-from idm_fast.bench.text import markdown, number
+from idm_fast.bench.text import markdown, number, percent
 from idm_fast.bench.timing import Candidate, interleaved
 from idm_fast.bench.workload import DTYPES, Workload, workload
 from idm_fast.engine import plan as engine_plan
@@ -45,6 +45,7 @@ class Made:
     run: Callable[[], Tensor]
     launches: int | None
     dtype: str
+    whole: bool = True  # the whole network runs at each evaluation: who leaves some of it out has another roof
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def engine(
             if torch_convs:
                 stack.enter_context(torch_convolutions())
             if not program:
-                stack.enter_context(patch.object(engine_plan, "joined", list, create=True))
+                stack.enter_context(patch.object(engine_plan, "joined", list))
 
             def changed(*args: Any, **options: Any) -> Lowered:
                 lowered = lower(*args, **options)
@@ -122,7 +123,7 @@ def engine(
 
             stack.enter_context(patch("idm_fast.engine.engine.lower", changed))
             compiled = ours.engine(work, dtype or low, graph=program, cache_every=cache_every)
-        return Made(lambda: ours.run(compiled, work), compiled.launches, dtype or low)
+        return Made(lambda: ours.run(compiled, work), compiled.launches, dtype or low, cache_every == 1)
 
     return make
 
@@ -182,16 +183,21 @@ def rows(work: Workload, low: str, ceilings: roofline.Ceilings, args: argparse.N
     """One a stage, in order; ``ms_per_step`` is None with the reason in ``note`` for one that did not run."""
     made: dict[str, Made] = {}
     notes: dict[str, str] = {}
+    quality: dict[str, float] = {}
+    truth: Tensor | None = None
     for stage in STAGES:
         if work.device.type not in stage.devices:
             notes[stage.name] = f"not on {work.device.type}"
             continue
         try:
-            made[stage.name] = stage.make(work, low)
+            each = stage.make(work, low)
+            result = each.run()
+            truth = result if stage is STAGES[0] else truth
+            if truth is not None:
+                quality[stage.name] = work.psnr(result, truth)
+            made[stage.name] = each
         except Exception as error:  # the others still say something
             notes[stage.name] = " ".join(str(error).split())[:200] or type(error).__name__
-    results = {name: each.run() for name, each in made.items()}
-    truth = results.get(STAGES[0].name)
     spreads = interleaved(
         {name: Candidate(lambda _, run=each.run: run()) for name, each in made.items()},  # type: ignore[misc]
         str(work.device), args.seconds, least=args.walks, warm_up=1, wall=True, pause=PAUSE,
@@ -209,8 +215,8 @@ def rows(work: Workload, low: str, ceilings: roofline.Ceilings, args: argparse.N
                 **row, "dtype": each.dtype, "ms_per_step": 1e3 * step, "steps_per_second": 1 / step,
                 "p20_ms": 1e3 * spreads[stage.name].p20 / work.steps,
                 "p80_ms": 1e3 * spreads[stage.name].p80 / work.steps,
-                "launches": each.launches, "roofline_fraction": roof / step, "note": "",
-                "psnr_to_fp32": None if truth is None else work.psnr(results[stage.name], truth),
+                "launches": each.launches, "note": "",
+                "roofline_fraction": roof / step if each.whole else None, "psnr_to_fp32": quality.get(stage.name),
             }
         )  # fmt: skip
     return found
@@ -225,7 +231,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         lines.append(
             [
                 row["name"], number(ms), number(row["steps_per_second"], 1),
-                "-" if row["launches"] is None else str(row["launches"]), f"{row['roofline_fraction']:.0%}",
+                "-" if row["launches"] is None else str(row["launches"]), percent(row["roofline_fraction"]),
                 number(row["psnr_to_fp32"], 1), f"{timed[0]['ms_per_step'] / ms:.2f}x", f"{above / ms:.2f}x",
             ]
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,20 @@ def test_psnr() -> None:
     x = torch.zeros(1, 3, 4, 4)
     assert psnr(x, x) == workload.PSNR_MOST
     assert psnr(x + 0.2, x) == pytest.approx(20, abs=1e-4)  # of a range of 2
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(IdmFastError, match="its result is not finite"):
+            psnr(x + bad, x)
+
+
+def test_a_file_is_trained_whatever_its_name(tiny_model: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(tiny_model, tmp_path / "random-crops.safetensors"))
+    work = workload.workload(str(file), steps=2)
+    assert work.weights == "random-crops"
+    assert work.trained
+    assert (work.table.rows[:, 6] == 1).all()  # the clamp
+    drawn = workload.workload("idm-64", size=16, steps=2)
+    assert not drawn.trained
+    assert (drawn.table.rows[:, 6] == 0).all()
 
 
 def test_psnr_of_random_weights_is_that_of_what_they_add(tiny: Workload) -> None:
@@ -144,12 +159,21 @@ def test_rows_of_ours_and_the_torch_peers(tiny: Workload) -> None:
     assert text.count("\n| ") == 5
 
 
+def test_who_leaves_levels_out_has_no_roof(tiny: Workload) -> None:
+    row = measure(tiny, replace(QUICK, cache_every=2), CEILINGS).rows[0]
+    assert (row["lossy"], row["roofline_ms"], row["roofline_fraction"]) == (True, None, None)
+    assert row["note"] == "lossy: inner levels at every 2. evaluation"
+    assert 20 < row["psnr_to_fp32"] < workload.PSNR_MOST
+
+
 def test_a_wrong_result_of_ours_is_not_timed(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ours.run
     monkeypatch.setattr(ours, "run", lambda made, work: run(made, work) + 0.01)
     found = measure(tiny, QUICK, CEILINGS)
     assert found.rows == []
     assert "wrong, so it is not timed" in found.absent[0]["reason"]
+    monkeypatch.setattr(ours, "run", lambda made, work: run(made, work) + torch.nan)
+    assert "its result is not finite" in measure(tiny, replace(QUICK, dtypes=["int8"]), CEILINGS).absent[0]["reason"]
 
 
 def test_peers_that_fail_are_named(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:

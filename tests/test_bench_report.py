@@ -77,6 +77,27 @@ def test_runs_are_not_mixed(report: ModuleType, tmp_path: Path) -> None:
     assert drawn["idm-128"] == {"idm_fast bf16": pytest.approx(100), "openvino bf16": pytest.approx(1e3 / 15)}
 
 
+def test_each_line_is_of_one_run(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one file, preset and number of steps, and its name says so where they differ."""
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(report.plot, "lines", lambda path, series, *rest, **more: drawn.append(series))
+
+    def batches(**more: Any) -> list[dict[str, Any]]:
+        return [row(batch=n, **more) for n in (1, 2)]
+
+    files = [results(tmp_path, "a.json", batches()), results(tmp_path, "b.json", batches(ms_per_step=30.0))]
+    for each, names in (
+        (files[:1], ["idm_fast bf16"]),
+        (files, ["idm_fast bf16, file 1", "idm_fast bf16, file 2"]),
+        (
+            [results(tmp_path, "c.json", [*batches(steps=1), *batches(), *batches(preset="sr3-128")])],
+            [f"idm_fast bf16, {rest}" for rest in ("idm-128, steps 1", "idm-128, steps 4", "sr3-128, steps 4")],
+        ),
+    ):
+        assert report.growth(report.load(each)["rows"], "batch", "", "", tmp_path / "batch.png")
+        assert {name: len(points) for name, points in drawn.pop().items()} == dict.fromkeys(names, 2)
+
+
 def test_a_report(report: ModuleType, tmp_path: Path) -> None:
     first = results(tmp_path, "a.json", [row(), row("openvino", ms_per_step=15.0, note="OpenVINO 1")])
     rest = [row(batch=n, ms_per_step=9.0 * n) for n in (2, 4)]
@@ -159,6 +180,8 @@ def test_the_waterfall(
     assert {each["name"]: each["note"] for each in found if each["note"]} == {"fp8 (lossy)": "not on cpu"}
     timed = [each for each in found if not each["note"]]
     assert all(each["psnr_to_fp32"] > 20 for each in timed)
+    roofs = [each["name"] for each in timed if each["roofline_fraction"] is None]
+    assert roofs == ["inner levels every second step (lossy)"]
     said = capsys.readouterr().out
     assert said.count("\n| ") == len(timed) + 1
     assert "so far" in said
@@ -171,12 +194,19 @@ def test_a_stage_that_fails_is_named(
     def fails(work: Any, low: str) -> Any:
         raise RuntimeError("no room")
 
-    stages = (*waterfall.STAGES[:2], waterfall.Stage("bad", fails), waterfall.Stage("gpu", fails, ("cuda",)))
+    def wrong(work: Any, low: str) -> Any:
+        return waterfall.Made(lambda: torch.full_like(work.start, torch.nan), None, low)
+
+    stages = (
+        *waterfall.STAGES[:2], waterfall.Stage("bad", fails), waterfall.Stage("gpu", fails, ("cuda",)),
+        waterfall.Stage("odd", wrong),
+    )  # fmt: skip
     monkeypatch.setattr(waterfall, "STAGES", stages)
     quick = ["--steps", "1", "--seconds", "0", "--walks", "2", "--device", "cpu"]
     assert waterfall.main(["--preset", str(tiny_model), *quick]) == 0
     said = capsys.readouterr().out
     assert "bad: no room" in said
+    assert "odd: wrong, so it is not timed: its result is not finite" in said
     assert "gpu: not on cpu" in said
 
 

@@ -28,6 +28,10 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
 def title(row: dict[str, Any]) -> str:
     """What rows of one table share."""
     size = f"{row['height']} x {row['width']}"
@@ -54,7 +58,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _line(row: dict[str, Any], best: dict[str, Any] | None) -> list[str]:
-    fraction, memory = row["roofline_fraction"], row["memory_bytes"]
+    memory = row["memory_bytes"]
     return [
         row["name"],
         row["dtype"],
@@ -63,7 +67,7 @@ def _line(row: dict[str, Any], best: dict[str, Any] | None) -> list[str]:
         number(row["steps_per_second"], 1),
         number(row["faces_per_second"], 1),
         "-" if row["launches"] is None else str(row["launches"]),
-        "-" if fraction is None else f"{fraction:.0%}",
+        percent(row["roofline_fraction"]),
         number(row["psnr_to_fp32"], 1),
         "-" if memory is None else f"{memory / 1e6:.0f}",
         "-" if best is None or row is best else f"{row['ms_per_step'] / best['ms_per_step']:.2f}x",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,7 +29,7 @@ DTYPES = {
 SHIPPED = {"idm-128": "idm-face-128", "idm-256": "idm-face-256"}  # presets whose trained weights lie in the package
 PHOTOGRAPH_RMS = 0.5  # of a picture in [-1, 1], about
 PSNR_MOST = 200.0  # written for results that are equal bit by bit: JSON knows no infinity
-RANDOM = "random"  # how the weights of a preset that has none begin
+RANDOM = "random (seed 0)"  # the weights of a preset that has none
 _BRANCHES = ("conv2.weight", "attention.out.weight")  # what a residual block or attention adds: small, or it explodes
 
 
@@ -63,7 +64,7 @@ class Workload:
     @property
     def trained(self) -> bool:
         """Random weights have no pictures: their walk is not clamped, or most of what they differ in would be cut."""
-        return not self.weights.startswith(RANDOM)
+        return self.weights != RANDOM
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -121,7 +122,7 @@ def workload(
     u, side = config.unet, config.unet.image_size if size is None else size
     table = build_table(
         Schedule.from_config(config.diffusion), config.diffusion.prediction, config.sampler, steps,
-        clamp=None if weights.startswith(RANDOM) else 1.0,
+        clamp=None if weights == RANDOM else 1.0,
     )  # fmt: skip
     seeds = torch.arange(batch, device=device)
     start = initial_noise(seeds, (batch, u.in_channels, side, side), device)
@@ -143,15 +144,17 @@ def check(name: str, *, batch: int = 1, size: int | None = None, steps: int = 4,
 
 
 def psnr(result: Tensor, truth: Tensor) -> float:
-    """Of pictures in [-1, 1], dB, at most ``PSNR_MOST``."""
+    """Of pictures in [-1, 1], dB, at most ``PSNR_MOST``. Raises ``IdmFastError`` where they are not finite."""
     error = float((result.double().cpu() - truth.double().cpu()).square().mean())
-    return PSNR_MOST if error == 0 else min(PSNR_MOST, float(10 * torch.log10(torch.tensor(4.0 / error))))
+    if not math.isfinite(error):
+        raise IdmFastError("wrong, so it is not timed: its result is not finite")
+    return PSNR_MOST if error == 0 else min(PSNR_MOST, 10 * math.log10(4 / error))
 
 
 @lru_cache(maxsize=1)  # the same one for all batches, sizes and steps; nobody changes it
 def _network(name: str) -> tuple[ModelConfig, UNet, str]:
     if name in PRESETS and SHIPPED.get(name) not in shipped():
-        return PRESETS[name], _random(PRESETS[name]), f"{RANDOM} (seed 0)"
+        return PRESETS[name], _random(PRESETS[name]), RANDOM
     if name not in PRESETS and name not in shipped() and not name.endswith(".safetensors"):
         raise IdmFastError(f"preset must be one of {', '.join(names())} or a .safetensors file, got {name!r}")
     (file,) = find_files(SHIPPED.get(name, name))
