@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,9 +27,9 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         # In the same folder, because a rename is atomic only within one file system.
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        # Named before it is made: a signal between the two finds nothing, or what it removes.
+        temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}{path.suffix}")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield temporary
         temporary.chmod(_mode(path))
         os.replace(temporary, path)
@@ -49,7 +49,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _mode(path: Path) -> int:
-    """Permissions of the file that is replaced, else what ``open`` would give; ``mkstemp`` alone means owner only."""
+    """Permissions of the file that is replaced, else what ``open`` would give; the temporary one is its owner's."""
     try:
         return path.stat().st_mode & 0o777
     except OSError:

@@ -384,10 +384,12 @@ def test_the_profile_command(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     command = ["profile", "--preset", str(tiny_model), "--dtype", "fp32", "--repeats", "2", "--out", str(tmp_path)]
-    assert main([*command, *more]) == 0
+    assert main([*command, *more, "--size", "16"]) == 0
     said = capsys.readouterr().out
     assert "of it outside of" in said
     assert "ncu --nvtx" in said
+    same = f"idm-fast profile --preset {tiny_model} --batch 1 --dtype fp32 --size 16{''.join(f' {m}' for m in more)}"
+    assert said.count(same) == 3
     report = json.loads((tmp_path / "profile.json").read_text())
     trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert len(trace) == len(report["calls"]) == report["launches"]

@@ -94,7 +94,10 @@ def run(args: argparse.Namespace) -> int:
     print(op_table(found, ceilings), end="\n\n")
     print(call_table(found, ceilings, None if args.all else 20), end="\n\n")
     layer = max(found.calls, key=lambda call: call.seconds)
+    given = {"size": args.size, "device": args.device, "threads": args.threads, "backend": args.backend}
     command = f"idm-fast profile --preset {args.preset} --batch {work.batch} --dtype {dtype}"
+    command += "".join(f" --{name} {value}" for name, value in given.items() if value is not None)
+    command += " --no-engine" if args.no_engine else ""
     print(_NSIGHT.format(out=args.out, command=command, layer=f"{layer.layer} {layer.op}"))
     print(f"idm-fast: written to {args.out}", file=sys.stderr)
     return 0
