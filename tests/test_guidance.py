@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -138,6 +140,21 @@ def test_what_is_not_finite_is_skipped_and_counted(bad: float) -> None:
     huge = Guidance(lambda x0: torch.full_like(x0, 3e38), 10.0)
     assert torch.equal(walk(table, huge), walk(table))
     assert huge.skipped == 12
+
+
+def test_several_threads_count_together() -> None:
+    guidance, missed = Guidance(lambda x0: x0), torch.tensor([True, False, True])
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [Thread(target=lambda: [guidance._count(missed) for _ in range(500)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert guidance.skipped == 4 * 500 * 2
 
 
 def test_which_evaluations_are_guided() -> None:

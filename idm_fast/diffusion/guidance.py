@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from idm_fast.errors import IdmFastError
 
 Gradient = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor], Tensor]
+_counting = Lock()  # of all: walks of several threads may share one guidance
 
 
 @dataclass(eq=False)
@@ -65,8 +67,9 @@ class Guidance:
 
     def _count(self, missed: Tensor) -> None:
         """On the device: reading it would wait for the walk."""
-        before = 0 if self._skipped is None else self._skipped.to(missed.device)
-        self._skipped = before + missed.sum()
+        with _counting:
+            before = 0 if self._skipped is None else self._skipped.to(missed.device)
+            self._skipped = before + missed.sum()
 
     def begin(self, table: SamplerTable) -> Steering:
         """For one walk."""
