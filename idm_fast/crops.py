@@ -208,10 +208,11 @@ class CropRestorer:
         low_res = self.config.low_res or (self.size // 4 if enlarge == "bilinear" else 0)
         if not 0 < low_res < self.size:
             return y
-        small = interpolate(y, (low_res, low_res), mode="bicubic", antialias=True).clamp_(-1, 1)
-        # As the families do it: guided-diffusion by torch's bilinear, SR3 by Pillow's bicubic.
-        how: dict[str, Any] = {"mode": "bilinear"} if enlarge == "bilinear" else {"mode": "bicubic", "antialias": True}
-        large = interpolate(small, (self.size, self.size), **how)
+        # As the families were trained: guided-diffusion on torch's area and bilinear, SR3 on Pillow's bicubic.
+        bicubic: dict[str, Any] = {"mode": "bicubic", "antialias": True}
+        down, up = ({"mode": "area"}, {"mode": "bilinear"}) if enlarge == "bilinear" else (bicubic, bicubic)
+        small = interpolate(y, (low_res, low_res), **down).clamp_(-1, 1)
+        large = interpolate(small, (self.size, self.size), **up)
         return large.clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
 
     def _walk(
