@@ -220,6 +220,7 @@ def _renamed(old: str, new: str) -> Callable[[Tensors], object]:
         (_without("output_blocks.1.0.in_layers.2.weight"), "output_blocks.1.0.in_layers.2.weight"),
         (_with("output_blocks.9.0.in_layers.0.bias", torch.zeros(1)), "output_blocks must be numbered from 0"),
         (_with("input_blocks.4.0.in_layers.0.bias", torch.zeros(1)), "input_blocks must be 4 for .*, got 5"),
+        (_with("output_blocks.0.1.conv.weight", torch.zeros(1)), r"must be 2 or more .*, got \[1, 1, 2\]"),
         (_with("input_blocks.999999.0.in_layers.0.bias", torch.zeros(1)), r"input_blocks .* got 5 without \[4\]"),
         (_with(f"input_blocks.{'9' * 400}.0.in_layers.0.bias", torch.zeros(1)), "1 unexpected: input_blocks.999"),
         (_with("input_blocks.9" + "9" * 5000, torch.zeros(1)), "must be printable, of at most 500 .*, got 5014 char"),

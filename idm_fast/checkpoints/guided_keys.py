@@ -127,8 +127,12 @@ def _levels(where: str, tensors: Mapping[str, Tensor]) -> tuple[list[int], str]:
             counts.append(run - 1)  # one more on the way up than on the way down
             run, resample = 0, "resblock" if inside else resample
     blocks = counts[::-1]
+    if min(blocks) < 1:
+        raise IdmFastError(
+            f"{where}: output_blocks must be 2 or more for each level, got {[n + 1 for n in blocks[::-1]]}"
+        )
     expected, got = sum(blocks) + len(blocks), _count(where, tensors, "input_blocks")
-    if expected != got or min(blocks) < 1:
+    if expected != got:
         raise IdmFastError(
             f"{where}: input_blocks must be {expected} for the {len(blocks)} levels that output_blocks show, got {got} "
             "(a network that changes resolution without a convolution (conv_resample=False) is not supported)"
