@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
-from idm_fast.training.data import list_faces, load_crop
+from idm_fast.training.data import FaceFile, list_faces, load_crop
 from idm_fast.training.degradation import LEVELS, degrade_level
 
 _COLUMNS = ("file", "split", "source", "native_px", "spoiled")
@@ -39,6 +39,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _check_names(faces: Sequence[FaceFile]) -> None:
+    """That no face would be written over another of its split."""
+    known: dict[str, Path] = {}
+    for face in faces:
+        if (other := known.setdefault(face.path.stem, face.path)) != face.path:
+            raise IdmFastError(f"{face.path}: must have a name of its own, but {other} is called the same")
+
+
 def run(options: argparse.Namespace) -> dict[str, int]:
     """Writes both sets; returns the number of faces by what became of them."""
     if not 0 <= options.share <= 1:
@@ -50,6 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, int]:
     rows = []
     for split in ("train", "val"):
         faces = list_faces(options.data, split, options.min_native_px if split == "train" else 0)
+        _check_names(faces)
         for number, face in enumerate(tqdm(faces, unit="face", desc=split, disable=None)):
             clean = load_crop(face.path, options.size)
             chosen = split == "train" and bool(rng.random() < options.share)

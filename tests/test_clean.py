@@ -273,6 +273,7 @@ def test_the_command_says_what_it_did(cleaning: Any, capsys: Captured, monkeypat
     said = capsys.readouterr()
     assert json.loads(said.out)["kept"] == 10
     assert f"error: {cleaning.source / 'bad.png'}" in said.err
+    assert f"{cleaning.source}: 12 pictures, taken as aligned crops, as asked" in said.err
     with Image.open(sheet) as picture:
         assert picture.width > 1000
     (cleaning.source / "bad.png").unlink()

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from idm_fast.errors import IdmFastError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -82,3 +84,13 @@ def test_what_is_wrong_is_said(
     assert spoil.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 1
     assert "must be a folder of aligned faces" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_two_faces_of_one_name_are_refused(spoil: ModuleType, faces: Path, tmp_path: Path) -> None:
+    """One would be written over the other, and its truth would be another person."""
+    (faces / "other").mkdir()
+    Image.new("RGB", (32, 32)).save(faces / "other" / "00002.png")
+    with (faces / "faces.csv").open("a", newline="") as file:
+        csv.writer(file).writerow(("other/00002.png", "train", "drawn", 256))
+    with pytest.raises(IdmFastError, match=r"other/00002\.png: must have a name of its own, but .*train/00002\.png"):
+        spoil.run(spoil.parse(["--data", str(faces), "--out", str(tmp_path / "out"), "--size", "32"]))

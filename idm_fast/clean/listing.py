@@ -41,13 +41,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Listing:
-    """All pictures of a source; ``columns`` and ``rows`` of its ``faces.csv`` (none without one)."""
+    """All pictures of a source, whether they are ``aligned`` crops and ``why`` they are taken as that or as
+    photographs; ``columns`` and ``rows`` of its ``faces.csv`` (none without one)."""
 
     tasks: list[Task]
     aligned: bool
-    why_aligned: str
+    why: str
     columns: list[str] = field(default_factory=list)
     rows: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def taken_as(self) -> str:
+        return f"taken as {'aligned crops' if self.aligned else 'photographs'}, {self.why}"
 
 
 def list_pictures(source: Path, aligned: bool | None, ext: str | None, limit: int | None = None) -> Listing:
@@ -63,7 +68,7 @@ def list_pictures(source: Path, aligned: bool | None, ext: str | None, limit: in
     if table.is_file() and aligned is not False:
         columns, rows = _read_table(table)
         splits = {row["file"]: row["split"] for row in rows}
-        aligned, why = True, f"it has a {FACES_CSV}"
+        aligned, why = True, f"since it has a {FACES_CSV}"
     else:
         splits = {path.relative_to(source).as_posix(): "train" for path in picture_files(source)}
         why = "as asked"
@@ -159,8 +164,8 @@ def _looks_aligned(source: Path, names: list[str]) -> tuple[bool, str]:
     if len(sizes) == 1:
         ((width, height),) = sizes
         if width == height:
-            return True, f"its pictures are all {width} x {height}"
-    return False, "its pictures are not squares of one size"
+            return True, f"since its pictures are all {width} x {height}"
+    return False, "since its pictures are not squares of one size"
 
 
 def _outputs(source: Path, names: list[str], ext: str) -> dict[str, str]:

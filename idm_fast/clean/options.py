@@ -106,11 +106,13 @@ class CleanSummary:
     copied, because no part of the restored one was within the bounds; ``copied``: nothing to restore (no face, or not
     of the training split); ``duplicate``: the bytes of another picture, whose result was copied; ``failed``: nothing
     was written. ``before``: how many of them were done by earlier runs; ``seconds`` of this run, without loading.
+    ``taken_as``: aligned crops or photographs, and why.
     """
 
     out: str = ""
     manifest: str = ""
     faces_csv: str | None = None
+    taken_as: str = ""
     total: int = 0
     kept: int = 0
     blended: int = 0

@@ -62,7 +62,7 @@ def clean(
     settings["options"] = options.lasting() | {"aligned": listing.aligned}
     runner = _runner(workers, ray)
     with opened(out, settings):
-        summary = CleanSummary(str(out), str(out / MANIFEST), total=len(listing.tasks))
+        summary = CleanSummary(str(out), str(out / MANIFEST), taken_as=listing.taken_as, total=len(listing.tasks))
         _Run(setup, listing, runner, summary, progress).run()
         if listing.columns:
             summary.faces_csv = str(out / FACES_CSV)

@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         def progress(done: int, total: int, summary: CleanSummary, record: dict[str, Any] | None) -> None:
             if bar.total is None:
                 bar.total, bar.initial = total, done  # so that the rate is this run's
+                tqdm.write(f"idm-fast: {args.source}: {total} pictures, {summary.taken_as}", file=sys.stderr)
             bar.set_postfix_str(
                 f"{summary.kept} kept, {summary.blended} blended, {summary.rejected} rejected", refresh=False
             )
