@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -39,6 +40,13 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def clear_unfinished(path: Path) -> None:
+    """Removes what killed writers of ``path`` left beside it; to be called where no other can be writing there."""
+    for left in path.parent.glob(f".{glob.escape(path.stem[:40])}.????????{glob.escape(path.suffix)}"):
+        with suppress(OSError):
+            left.unlink()
 
 
 @contextmanager

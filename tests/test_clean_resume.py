@@ -99,6 +99,16 @@ def test_other_settings_are_refused_by_name(cleaning: Any) -> None:
     assert cleaning.run(cleaning.free_but(batch_size=2, device="cpu")).before == 11
 
 
+@pytest.mark.parametrize("name", [".clean.abcdefgh.json", ".clean.abcdefgh.jsonl"])
+def test_a_kill_in_the_middle_of_the_settings_or_the_manifest_is_survived(cleaning: Any, name: str) -> None:
+    if name.endswith("l"):
+        cleaning.run()
+    cleaning.out.mkdir(exist_ok=True)
+    (cleaning.out / name).write_text("{")
+    assert cleaning.run().done == 11
+    assert not (cleaning.out / name).exists()
+
+
 def test_two_runs_do_not_share_an_output(cleaning: Any) -> None:
     def second(done: int, *rest: Any) -> None:
         if done == 2:

@@ -231,6 +231,13 @@ def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
         Parts(tmp_path / "mine", {})
 
 
+def test_a_kill_in_the_middle_of_a_part_is_survived(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for name in (".settings.abcdefgh.json", ".faces-000000.abcdefgh.safetensors"):
+        (tmp_path / "parts" / name).write_text("{")
+        Parts(tmp_path / "parts", {"seed": 0})
+
+
 def test_a_torn_part_is_named(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "parts", {})
     made = {"mild/0/psnr": torch.tensor([1.0, math.inf], dtype=torch.float64)}

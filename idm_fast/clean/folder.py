@@ -21,11 +21,11 @@ from typing import Any
 
 from idm_fast.clean.manifest import DiskError
 from idm_fast.errors import IdmFastError
-from idm_fast.files import atomic
+from idm_fast.files import atomic, clear_unfinished
 from idm_fast.registry import find_files
 
-MANIFEST, SETTINGS = "clean.jsonl", "clean.json"
-_OWN = ".clean"
+MANIFEST, SETTINGS, FACES_CSV = "clean.jsonl", "clean.json", "faces.csv"
+_OWN = ".clean"  # what else begins so is unfinished settings, which a kill left
 
 
 def parts_folder(out: Path) -> Path:
@@ -66,7 +66,7 @@ def opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     own = out / _OWN
     existing = out / SETTINGS
     try:
-        if out.is_dir() and not existing.exists() and any(path.name != _OWN for path in out.iterdir()):
+        if out.is_dir() and not existing.exists() and any(not path.name.startswith(_OWN) for path in out.iterdir()):
             raise IdmFastError(f"{out}: output must be new, empty or of an earlier run, got a folder with other files")
         own.mkdir(parents=True, exist_ok=True)
         lock = (own / "lock").open("w")
@@ -87,6 +87,8 @@ def opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                     temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
             except IdmFastError as error:
                 raise DiskError(str(error)) from None
+        for name in (SETTINGS, MANIFEST, FACES_CSV):
+            clear_unfinished(out / name)
         try:
             shutil.rmtree(parts_folder(out), ignore_errors=True)
             parts_folder(out).mkdir(exist_ok=True)

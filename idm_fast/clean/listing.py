@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from idm_fast.clean.folder import FACES_CSV
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.dataset import picture_files
 from idm_fast.images import READABLE, WRITABLE, image_size
 
-FACES_CSV = "faces.csv"
 _LOOKED_AT = 64  # pictures whose sizes tell aligned crops from photographs
 _TAIL = 4096  # bytes that tell most files of one length apart
 _NEEDED = ("file", "split")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from idm_fast.clean import manifest
 from idm_fast.clean.finish import repeated
-from idm_fast.clean.folder import MANIFEST, check_apart, check_places, model_files, opened
-from idm_fast.clean.listing import FACES_CSV, Listing, Task, list_pictures, with_duplicates
+from idm_fast.clean.folder import FACES_CSV, MANIFEST, check_apart, check_places, model_files, opened
+from idm_fast.clean.listing import Listing, Task, list_pictures, with_duplicates
 from idm_fast.clean.manifest import Record
 from idm_fast.clean.options import CleanOptions, CleanSummary
 from idm_fast.clean.pool import run_workers

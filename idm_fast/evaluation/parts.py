@@ -28,7 +28,7 @@ class Parts:
         self.folder = folder
         settings = json.loads(json.dumps(settings))  # as it comes back from the file
         file = folder / "settings.json"
-        others = [path for path in folder.glob("*") if path != file]
+        others = [path for path in folder.glob("*") if path != file and not path.name.startswith(".")]  # or unfinished
         if not others:  # nothing is finished, so there is nothing to mix
             with atomic(file) as path:
                 path.write_text(json.dumps(settings, indent=1) + "\n")

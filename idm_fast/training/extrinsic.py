@@ -23,7 +23,7 @@ from idm_fast.clean.folder import check_apart
 from idm_fast.config import PRESETS
 from idm_fast.diffusion import Schedule, build_table
 from idm_fast.errors import IdmFastError
-from idm_fast.files import atomic
+from idm_fast.files import atomic, clear_unfinished
 from idm_fast.registry import find_files
 from idm_fast.training import distributed, judging, round_table
 from idm_fast.training.data import list_faces
@@ -113,7 +113,9 @@ class Rounds:
 
     def _drop_state(self, part: Part) -> None:
         """The next training starts from the model alone, and the state is eight times as large."""
-        (self.settings.folder(part) / "state.pt").unlink(missing_ok=True)
+        state = self.settings.folder(part) / "state.pt"
+        state.unlink(missing_ok=True)
+        clear_unfinished(state)
 
     def _is_finished(self, part: Part) -> bool:
         return self._figures(part) is not None if part.kind == "judge" else part.name in self.ledger.done

@@ -18,6 +18,7 @@ from idm_fast.checkpoints import native
 from idm_fast.config import ModelConfig
 from idm_fast.config_vqgan import VqganConfig
 from idm_fast.errors import IdmFastError
+from idm_fast.files import clear_unfinished
 from idm_fast.training import distributed
 from idm_fast.training.ema import Ema
 from idm_fast.training.log import Log
@@ -75,6 +76,9 @@ class Loop(ABC, Generic[Config, Model]):
 
         ``network``: a step's own way of calling the model.
         """
+        if self.group.is_main:
+            for path in (self.state_file, self.state_file.with_name("model.safetensors")):
+                clear_unfinished(path)  # a killed run's, each as large as the whole one
         if self.state_file.exists():
             self.step, self.seconds = load_state(self.state_file, self._run.to_dict(), self.parts(), self.config.name)
         if self.step > self._run.steps:
