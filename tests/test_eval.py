@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from idm_fast.errors import IdmFastError
 from idm_fast.evaluation import inception
 from idm_fast.evaluation.metrics import FaceMetrics, psnr
 from idm_fast.evaluation.parts import Parts
-from idm_fast.evaluation.pictures import fingerprint, load_at, picture_set
+from idm_fast.evaluation.pictures import load_at, picture_set
 from idm_fast.evaluation.plots import draw
 from idm_fast.evaluation.report import Report, Subject, evaluate
 from idm_fast.evaluation.table import Row, estimates
@@ -155,14 +154,6 @@ def test_twins_are_found_where_the_split_has_its_own_folder(faces: Path, tmp_pat
     )
 
 
-def test_a_name_that_is_no_text_has_a_fingerprint(tmp_path: Path) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
-    path.write_bytes(b"1")
-    before = fingerprint([path])
-    path.write_bytes(b"22")
-    assert fingerprint([path]) != before
-
-
 def test_the_set_of_the_clean_faces_is_no_distance_away(tmp_path: Path) -> None:
     try:
         metrics = FaceMetrics(names=["psnr", "lpips_vgg", "fd_vgg"])
@@ -229,13 +220,6 @@ def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(IdmFastError, match=r"with their settings\.json, got other files"):
         Parts(tmp_path / "mine", {})
-
-
-def test_a_kill_in_the_middle_of_a_part_is_survived(tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    for name in (".settings.abcdefgh.json", ".faces-000000.abcdefgh.safetensors"):
-        (tmp_path / "parts" / name).write_text("{")
-        Parts(tmp_path / "parts", {"seed": 0})
 
 
 def test_a_torn_part_is_named(tmp_path: Path) -> None:

@@ -97,6 +97,18 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     _assert_same_run(settings, whole)
 
 
+def test_what_a_kill_left_unfinished_is_removed(settings: GeneratorSettings) -> None:
+    """A state is eight times as large as the model, and every kill may leave one."""
+    settings.out.mkdir()
+    left = [settings.out / name for name in (".state.abcdefgh.pt", ".model.abcdefgh.safetensors")]
+    foreign = settings.out / ".state.pt"
+    for path in (*left, foreign):
+        path.write_bytes(b"half")
+    GeneratorTrainer(settings)
+    assert not any(path.exists() for path in left)
+    assert foreign.exists()
+
+
 def test_a_time_budget_stops_and_the_same_command_goes_on(settings: GeneratorSettings) -> None:
     whole = replace(settings, out=settings.out.with_name("whole"))
     GeneratorTrainer(whole).run()

@@ -206,18 +206,6 @@ def test_lines_of_steps_that_are_made_again_leave_the_log(
     assert [row["step"] for row in _rows(settings)] == ["6"]
 
 
-def test_what_a_kill_left_unfinished_is_removed(settings: TrainSettings) -> None:
-    """A state is eight times as large as the model, and every kill may leave one."""
-    settings.out.mkdir()
-    left = [settings.out / name for name in (".state.abcdefgh.pt", ".model.abcdefgh.safetensors")]
-    foreign = settings.out / ".state.pt"
-    for path in (*left, foreign):
-        path.write_bytes(b"half")
-    Trainer(settings)
-    assert not any(path.exists() for path in left)
-    assert foreign.exists()
-
-
 def test_other_settings_are_named(settings: TrainSettings) -> None:
     Trainer(settings).run(budget_minutes=1e-9)
     changed = replace(settings, batch_size=2, loss=replace(PLAIN, snr_max=7.0), workers=1, save_every=9)
