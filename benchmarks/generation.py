@@ -153,6 +153,15 @@ def held_out_loss(model: native.Checkpoint, settings: GeneratorSettings, faces: 
     return sum(value * count for value, count in found) / sum(count for _, count in found)
 
 
+def check_pictures(run: Path, folder: Path, pixels: Pictures) -> None:
+    """That a run which goes on, or is finished, is of the pictures that are in ``folder`` now."""
+    file, now = run / "pictures.sha256", digest(pixels.pixels.numpy().tobytes())
+    if file.is_file() and file.read_text().strip() != now:
+        raise IdmFastError(f"{run}: was trained on other pictures than are in {folder} now; begin with another --out")
+    with atomic(file) as temporary:
+        temporary.write_text(now + "\n")
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     with (run / "log.csv").open(newline="") as file:
         return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
@@ -221,7 +230,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     judge = Judge.of(options.reference, size, options.out)
     rows = []
     for name, folder in sets.items():
-        row = measure_set(Pictures(folder, "train", size), options.out / f"{name}.json", judge, options)
+        pictures = Pictures(folder, "train", size)
+        for seed in options.seeds:
+            check_pictures(options.out / f"{name}-{seed}", folder, pictures)
+        row = measure_set(pictures, options.out / f"{name}.json", judge, options)
         rows.append({"set": name, "seed": None} | row)
     for seed in options.seeds:  # the outer loop: what is finished first is a comparison, not a set
         for name, folder in sets.items():

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from idm_fast.config import PRESETS, DiffusionConfig, ModelConfig, UNetConfig
+from idm_fast.errors import IdmFastError
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 MODULES = ("generation_report", "generation")
@@ -94,6 +95,14 @@ def test_the_better_set_wins_and_a_set_can_be_added(
     for name in ("samples.jpg", "loss.png"):
         with Image.open(sets / "out" / name) as picture:
             assert picture.width >= 16 * 16
+
+
+def test_a_set_that_was_made_again_is_not_taken_for_the_old_one(generation: ModuleType, sets: Path) -> None:
+    run, size = sets / "out" / "good-0", TINY.unet.image_size
+    generation.check_pictures(run, sets / "good", generation.Pictures(sets / "good", "train", size))
+    generation.check_pictures(run, sets / "good", generation.Pictures(sets / "good", "train", size))
+    with pytest.raises(IdmFastError, match=r"good-0: was trained on other pictures than are in .*; begin with another"):
+        generation.check_pictures(run, sets / "good", generation.Pictures(sets / "noise", "train", size))
 
 
 def test_a_curve_is_thinned_by_means(generation: ModuleType) -> None:
