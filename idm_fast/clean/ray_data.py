@@ -73,8 +73,9 @@ def run_on_ray(setup: Setup, tasks: Sequence[Task], workers: int) -> Iterator[Re
         # A block is what an actor is given, and what is done again with it.
         blocks = -(-len(rows) // size)
         most = min(workers, blocks)
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        room = int(resources.get("CPU", 1))  # to ask at once for more than there is would wait for ever
+        untyped: Any = ray
+        # To ask at once for more than there is would wait for ever.
+        room = int(untyped.cluster_resources().get("CPU", 1))
         done = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             _Actor,
             fn_constructor_args=(setup,),
