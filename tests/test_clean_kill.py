@@ -133,7 +133,11 @@ def test_twenty_kills_at_random_moments_lose_nothing(more: Any) -> None:
 
 
 def test_ctrl_c_ends_a_run_whole(more: Any) -> None:
-    process = subprocess.Popen(command(more), stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits it where a shell ignores it
+    try:
+        process = subprocess.Popen(command(more), stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while len(lines(more.out)) < 5:
         assert process.poll() is None
         time.sleep(0.01)
