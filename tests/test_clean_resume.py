@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from idm_fast.clean import CleanOptions, DiskError, clean, finish, manifest
+from idm_fast.clean.folder import opened, parts_folder
 from idm_fast.clean.listing import list_pictures, with_duplicates
 from idm_fast.errors import IdmFastError
 
@@ -273,3 +274,11 @@ def test_duplicates_are_files_of_the_same_bytes(cleaning: Any) -> None:
     assert (cleaning.source / "z.jpg").stat().st_size == size
     tasks = with_duplicates(cleaning.source, list_pictures(cleaning.source, True, None).tasks)
     assert {task.name: task.duplicate_of for task in tasks if task.duplicate_of} == {"deeper/again.jpg": "3.jpg"}
+
+
+def test_what_a_killed_worker_left_unfinished_goes_with_its_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with opened(out, {"version": 1}):
+        (parts_folder(out) / ".7-3.f03b.png").write_bytes(b"")
+        (parts_folder(out) / "7-3.png").write_bytes(b"half")
+    assert not any(parts_folder(out).iterdir())

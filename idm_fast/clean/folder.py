@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,12 @@ def opened(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             parts_folder(out).mkdir(exist_ok=True)
         except OSError as error:
             raise DiskError(f"{parts_folder(out)}: must be writable, got {error.strerror or error}") from None
-        yield
+        try:
+            yield
+        finally:  # of a worker that was killed in this run; what cannot go now goes with the next
+            with suppress(OSError):
+                for part in parts_folder(out).glob("*"):
+                    part.unlink(missing_ok=True)
 
 
 def model_files(model: str | Path) -> dict[str, str]:
