@@ -10,6 +10,7 @@ from torch import nn
 
 from idm_fast.config import ModelConfig
 from idm_fast.config_vqgan import VqganConfig
+from idm_fast.models.irn import Irn, IrnConfig
 from idm_fast.models.swinir import SwinIR, SwinIRConfig
 from idm_fast.models.unet import UNet
 from idm_fast.models.vqgan import Vqgan
@@ -27,7 +28,8 @@ class Kind:
 UNET = Kind("unet", ModelConfig, lambda config: UNet(config.unet))
 VQGAN = Kind("vqgan", VqganConfig, Vqgan)
 SWINIR = Kind("swinir", SwinIRConfig, SwinIR)
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (UNET, VQGAN, SWINIR)}
+IRN = Kind("irn", IrnConfig, Irn)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (UNET, VQGAN, SWINIR, IRN)}
 
 
 def kind_of(config: object) -> Kind:

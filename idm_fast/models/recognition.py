@@ -90,6 +90,18 @@ def crop_chip(x: Tensor) -> Tensor:
         return rows @ x.float() @ columns.T
 
 
+@lru_cache(maxsize=1)
+def weight_shapes() -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights of a ``Recognition`` by their names, biases aside; needs none of its files."""
+    shapes: dict[str, tuple[int, ...]] = {"stem.weight": (32, 3, 7, 7)}
+    inputs = 32
+    for index, width in enumerate(width for width, repeats, _ in _STAGES for _ in range(repeats)):
+        shapes[f"blocks.{index}.first.weight"] = (width, inputs, 3, 3)
+        shapes[f"blocks.{index}.second.weight"] = (width, width, 3, 3)
+        inputs = width
+    return shapes | {"projection": (256, EMBEDDING)}
+
+
 class Recognition(nn.Module):
     """Frozen recognition network. ``weights``: a dlib ``.dat`` file, by default the installed package's.
 
