@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from idm_fast.config import ModelConfig
+from idm_fast.config_clr_face import ClrFaceConfig
 from idm_fast.config_vqgan import VqganConfig
+from idm_fast.models.clr_face import ClrFace
 from idm_fast.models.irn import Irn, IrnConfig
 from idm_fast.models.swinir import SwinIR, SwinIRConfig
 from idm_fast.models.unet import UNet
@@ -29,7 +31,8 @@ UNET = Kind("unet", ModelConfig, lambda config: UNet(config.unet))
 VQGAN = Kind("vqgan", VqganConfig, Vqgan)
 SWINIR = Kind("swinir", SwinIRConfig, SwinIR)
 IRN = Kind("irn", IrnConfig, Irn)
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (UNET, VQGAN, SWINIR, IRN)}
+CLR_FACE = Kind("clr_face", ClrFaceConfig, ClrFace)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (UNET, VQGAN, SWINIR, IRN, CLR_FACE)}
 
 
 def kind_of(config: object) -> Kind:

@@ -1,0 +1,67 @@
+"""Frozen settings of a whole CLR-Face model: its parts and the guidance it is at its best with; named presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from idm_fast.config import ModelConfig
+from idm_fast.config_vqgan import VqganConfig
+from idm_fast.errors import IdmFastError
+from idm_fast.models.irn import IrnConfig
+
+
+@dataclass(frozen=True)
+class ClrFaceConfig:
+    """Autoencoder, prior over its latents, identity recovery network, and how its walks are guided.
+
+    ``prior`` works on latents times ``vqgan.latent_scale``: its channels and its image size are the latent's.
+    ``guidance_scale`` >= 0: how far x0_hat moves along the identity's gradient, in deviations of the latent; 0: never.
+    ``guidance_interval``: the part of the way that is guided; ``guidance_every``: at which of its evaluations a
+    gradient is computed (see ``diffusion.Guidance``). Raises ``IdmFastError`` for parts that do not fit.
+    """
+
+    name: str
+    vqgan: VqganConfig
+    prior: ModelConfig
+    irn: IrnConfig
+    guidance_scale: float = 0.0
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    guidance_every: int = 1
+
+    def __post_init__(self) -> None:
+        unet, channels = self.prior.unet, self.vqgan.embed_channels
+        if not self.prior.latent:
+            raise IdmFastError(f"prior must work on latents, got {self.prior.name}, which works on pictures")
+        if self.vqgan.in_channels != 3 or self.vqgan.out_channels != 3:
+            raise IdmFastError(
+                f"vqgan must work on pictures = 3 channels, got {self.vqgan.in_channels} and {self.vqgan.out_channels}"
+            )
+        if (unet.in_channels, unet.cond_channels, unet.out_channels) != (channels,) * 3 or unet.num_classes:
+            raise IdmFastError(
+                f"prior must have the latent's channels, condition and no classes = {channels}, {channels}, {channels} "
+                f"and 0, got {unet.in_channels}, {unet.cond_channels}, {unet.out_channels} and {unet.num_classes}"
+            )
+        if unet.image_size != self.latent_size:
+            raise IdmFastError(f"prior must be of the latent's size = {self.latent_size}, got {unet.image_size}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise IdmFastError(f"guidance_scale must be >= 0, got {self.guidance_scale}")
+        # A pair; JSON says no more than a list of numbers.
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
+            raise IdmFastError(f"guidance_interval must be 0 <= start < stop <= 1, got {self.guidance_interval}")
+        if self.guidance_every < 1:
+            raise IdmFastError(f"guidance_every must be >= 1, got {self.guidance_every}")
+
+    @property
+    def image_size(self) -> int:
+        """Side of a picture in pixels."""
+        return self.vqgan.image_size
+
+    @property
+    def latent_size(self) -> int:
+        """Side of a latent."""
+        return self.vqgan.image_size // self.vqgan.factor
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
