@@ -21,6 +21,7 @@ QkvOrder = Literal["qkv_heads", "heads_qkv"]
 Resample = Literal["conv", "resblock"]
 MiddleAttention = Literal["norm", "no_norm", "none"]
 CondResize = Literal["none", "bilinear"]
+Spacing = Literal["trailing", "leading", "linspace", "uniform", "angle"]
 Prediction = Literal["eps", "v", "x0"]
 Variance = Literal["small", "large", "learned"]
 
@@ -152,14 +153,15 @@ class UNetConfig:
 class DiffusionConfig:
     """The noise schedule a network was trained with, and what it predicts.
 
-    ``schedule``: ``cosine_continuous`` (alpha = cos(pi t / 2)), or discrete with ``train_steps`` entries: ``linear`` or
-    ``scaled_linear`` (``beta_start``, ``beta_end``), ``cosine``, or the ``table`` of ``alphas_cumprod`` itself.
+    ``schedule``: continuous, ``cosine_continuous`` (alpha = cos(pi t / 2)) or ``vp_sde`` (beta linear in t from
+    ``beta_start`` to ``beta_end``; the score SDE's are 0.1 and 20); or discrete with ``train_steps`` entries:
+    ``linear`` or ``scaled_linear`` (``beta_start``, ``beta_end``), ``cosine``, or the ``table`` of ``alphas_cumprod``.
     ``noise_level``: the network is conditioned on sqrt(alpha_bar) as in SR3 instead of on the time;
     ``rescale_timesteps``: on 1000 index / ``train_steps`` instead of the index (guided-diffusion).
     ``variance``: of the ddpm solver's noise (``diffusion/samplers/ddpm.py``).
     """
 
-    schedule: Literal["cosine_continuous", "linear", "scaled_linear", "cosine", "table"] = "linear"
+    schedule: Literal["cosine_continuous", "vp_sde", "linear", "scaled_linear", "cosine", "table"] = "linear"
     prediction: Prediction = "eps"
     train_steps: int = 1000
     beta_start: float = 1e-4
@@ -179,9 +181,10 @@ class DiffusionConfig:
                 f"alphas_cumprod must have {entries} entries for schedule {self.schedule}, "
                 f"got {len(self.alphas_cumprod)}"
             )
-        if not 0 < self.beta_start <= self.beta_end < 1:
+        limit = math.inf if self.schedule == "vp_sde" else 1
+        if not 0 < self.beta_start <= self.beta_end < limit:
             raise IdmFastError(
-                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
+                f"betas must satisfy 0 < beta_start <= beta_end < {limit}, got {self.beta_start} and {self.beta_end}"
             )
 
 
@@ -193,6 +196,7 @@ class ModelConfig:
     "10,15,20"); it takes the place of ``steps``. ``low_res``: side in pixels to which a super-resolution network's
     condition is reduced before it is enlarged; 0: the crop is shown as it is, or reduced to a quarter where the network
     itself enlarges it. ``latent``: the network works on the latents of an autoencoder and not on pictures.
+    ``spacing``: of the times that are walked (``diffusion/spacing.py``).
     """
 
     name: str
@@ -204,6 +208,7 @@ class ModelConfig:
     respacing: str = ""
     low_res: int = 0
     latent: bool = False
+    spacing: Spacing = "trailing"
 
     def __post_init__(self) -> None:
         _at_least(self, "steps", 1)
@@ -290,6 +295,17 @@ PRESETS: dict[str, ModelConfig] = {
             num_head_channels=64, embed_channels=128, norm_groups=8,
         ),
         _OURS, "ddpm", 25,
+    ),
+    # CLR-Face's prior, on latents of 32 x 32: 2.8 GFLOP and 3.6 M parameters, so that with the autoencoder around it
+    # (7.7 GFLOP, both ways) one evaluation costs less than one of idm-128, and all of CLR-Face fits into 16 MB.
+    "clr-prior-128": ModelConfig(
+        "clr-prior-128",
+        UNetConfig(
+            image_size=32, model_channels=64, channel_mult=(1, 2), num_res_blocks=(2, 2), in_channels=4,
+            cond_channels=4, out_channels=4, residual=True, num_head_channels=64, embed_channels=128,
+        ),
+        DiffusionConfig(schedule="vp_sde", prediction="x0", beta_start=0.1, beta_end=20.0), steps=4, latent=True,
+        spacing="angle",
     ),
     "sr3-128": ModelConfig(
         "sr3-128",

@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from idm_fast.config import ModelConfig
-from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, noised_start, respace, sample
+from idm_fast.diffusion import (
+    CORRECTOR_SNR,
+    SamplerTable,
+    Schedule,
+    build_table,
+    initial_noise,
+    noised_start,
+    respace,
+    sample,
+)
 from idm_fast.diffusion.spacing import Array
 from idm_fast.engine import Engine, EngineOptions, Memory
 from idm_fast.engine.buckets import bucket, padded
@@ -43,7 +52,8 @@ class SampleSettings:
 
     ``steps`` >= 1; ``sampler``: a solver's name; ``eta``: its randomness in [0, 1]; ``strength`` in (0, 1]: 1 starts
     from pure noise, less from the noised input at that part of the way. ``respacing``, in the place of ``steps``: the
-    training steps that are walked, in guided-diffusion's notation ("ddim250", "250", "10,15,20").
+    training steps that are walked, in guided-diffusion's notation ("ddim250", "250", "10,15,20"). ``corrector_steps``
+    and ``corrector_snr``: the Langevin steps between those of the solver, as ``build_table`` takes them.
     """
 
     steps: int | None = None
@@ -51,6 +61,8 @@ class SampleSettings:
     eta: float | None = None
     strength: float | None = None
     respacing: str | None = None
+    corrector_steps: int = 0
+    corrector_snr: float = CORRECTOR_SNR
 
     def resolved(self, config: ModelConfig) -> SampleSettings:
         """The same with the model's defaults filled in; either ``steps`` or ``respacing`` is None then."""
@@ -64,6 +76,8 @@ class SampleSettings:
             self.eta,
             config.strength if self.strength is None else self.strength,
             respacing,
+            self.corrector_steps,
+            self.corrector_snr,
         )
 
 
@@ -115,7 +129,9 @@ class CropRestorer:
             chain = chain[chain < strength * (self.schedule.size or 0)][::-1]
         return build_table(
             self.schedule, self.config.diffusion.prediction, settings.sampler or "ddim", settings.steps,
-            start=strength, eta=settings.eta, clamp=1.0, timesteps=chain, variance=self.config.diffusion.variance,
+            spacing=self.config.spacing, start=strength, eta=settings.eta, clamp=1.0, timesteps=chain,
+            variance=self.config.diffusion.variance, corrector_steps=settings.corrector_steps,
+            corrector_snr=settings.corrector_snr,
         )  # fmt: skip
 
     def _chain(self, respacing: str) -> Array:

@@ -15,6 +15,7 @@ from torch import Tensor
 from idm_fast import registry
 from idm_fast.crops import CropRestorer, SampleSettings
 from idm_fast.difface import START_INDEX
+from idm_fast.diffusion import CORRECTOR_SNR
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.align import AlignedFace
 from idm_fast.faces.detect import FaceDetector
@@ -94,6 +95,8 @@ class Restorer:
         eta: float | None = None,
         strength: float | None = None,
         respacing: str | None = None,
+        corrector_steps: int = 0,
+        corrector_snr: float = CORRECTOR_SNR,
         seed: int = 0,
         generator: torch.Generator | int | None = None,
         face: str = "all",
@@ -111,6 +114,7 @@ class Restorer:
         - ``num_inference_steps``, ``sampler``, ``eta``, ``strength``: None is the model's own default. ``strength`` in
           (0, 1]: 1 starts from pure noise, less from the noised input. ``respacing``, instead of the number of steps:
           the training steps to walk, as guided-diffusion writes them ("ddim250", "250", "10,15,20").
+          ``corrector_steps``: Langevin steps at each noise level between, of the size ``corrector_snr``.
         - ``seed``: face k of every picture, largest first, draws its noise from seed + k, so a result does not depend
           on what it was batched with. ``generator``, as diffusers has it, takes the place of ``seed``: a number is
           the seed, a ``torch.Generator`` gives one.
@@ -124,7 +128,9 @@ class Restorer:
         """
         seed = seed if generator is None else seed_from(generator)
         options = RestoreOptions(face, blend, upscale, aligned, batch_size, seed, output_type)
-        settings = SampleSettings(num_inference_steps, sampler, eta, strength, respacing)
+        settings = SampleSettings(
+            num_inference_steps, sampler, eta, strength, respacing, corrector_steps, corrector_snr
+        )
         for model in self.models:
             model.evaluations(settings)  # builds its table, or says what is wrong
         detector = None if aligned else self.detector

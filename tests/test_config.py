@@ -15,14 +15,14 @@ SMALL: dict[str, Any] = {"image_size": 32, "model_channels": 32, "channel_mult":
 
 
 def test_the_named_presets() -> None:
-    assert {"idm-128", "idm-256", "sr3-128", "sr3-512", "gd-256", "difface-512"} <= set(PRESETS)
+    assert {"clr-prior-128", "idm-128", "idm-256", "sr3-128", "sr3-512", "gd-256", "difface-512"} <= set(PRESETS)
     for name, config in PRESETS.items():
         assert config.name == name
         assert preset(name) is config
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(IdmFastError, match=r"preset must be one of \['difface-512', .*, got 'idm-127'"):
+    with pytest.raises(IdmFastError, match=r"preset must be one of \['clr-prior-128', .*, got 'idm-127'"):
         preset("idm-127")
 
 
@@ -87,6 +87,7 @@ def test_a_bad_network_is_refused_by_name(change: dict[str, Any], message: str) 
         ({"train_steps": 0}, "train_steps must be >= 1"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "betas must satisfy"),
         ({"beta_end": 1}, "betas must satisfy"),
+        ({"schedule": "vp_sde", "beta_start": 30, "beta_end": 20}, "betas must satisfy"),
     ],
 )
 def test_a_bad_diffusion_is_refused_by_name(change: dict[str, Any], message: str) -> None:

@@ -59,8 +59,9 @@ def _table(name: str, steps: int = 2, solver: str = "ddim") -> SamplerTable:
 def _inputs(config: UNetConfig, batch: int, side: int) -> tuple[Tensor, Tensor, Tensor | None]:
     seeds = torch.arange(5, 5 + batch)
     generator = torch.Generator().manual_seed(1)
-    cond = torch.rand(batch, 3, side, side, generator=generator) * 2 - 1 if config.cond_channels else None
-    return initial_noise(seeds, (batch, 3, side, side), "cpu"), seeds, cond
+    c = config
+    cond = torch.rand(batch, c.cond_channels, side, side, generator=generator) * 2 - 1 if c.cond_channels else None
+    return initial_noise(seeds, (batch, c.in_channels, side, side), "cpu"), seeds, cond
 
 
 @torch.inference_mode()
@@ -71,7 +72,7 @@ def _plain(
     module = module.to(dtype)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        return module(x, t, cond)[:, :3].contiguous(memory_format=torch.channels_last)
+        return module(x, t, cond)[:, : x.shape[1]].contiguous(memory_format=torch.channels_last)
 
     return sample(network, table, x, seeds, network_dtype=dtype)
 
@@ -88,6 +89,7 @@ LAUNCHES = {
     "idm-64": 66,
     "idm-128": 66,
     "idm-256": 66,
+    "clr-prior-128": 60,
     "sr3-128": 146,
     "sr3-512": 86,
     "gd-256": 253,

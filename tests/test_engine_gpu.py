@@ -59,10 +59,11 @@ def _table(steps: int = 3, solver: str = "ddpm", name: str = "idm-128") -> Sampl
 
 def _inputs(device: torch.device, batch: int = 1, side: int = 32, name: str = "idm-128") -> tuple[Any, ...]:
     seeds = torch.arange(5, 5 + batch, device=device)
-    cond = None
-    if preset(name).unet.cond_channels:
-        cond = (torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(device)
-    return initial_noise(seeds, (batch, 3, side, side), device), seeds, cond
+    u, cond = preset(name).unet, None
+    if u.cond_channels:
+        shape = (batch, u.cond_channels, side, side)
+        cond = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(device)
+    return initial_noise(seeds, (batch, u.in_channels, side, side), device), seeds, cond
 
 
 def _compile(device: torch.device, batch: int = 1, **options: Any) -> Engine:

@@ -290,7 +290,7 @@ def test_every_table_is_finite_and_ends_on_x0_hat(solver: str, schedule: Schedul
     assert table.rows[-1, 2:].tolist() == pytest.approx([0, 1, 0, 0, 1, 0], abs=1e-12)
     assert not np.signbit(table.rows[:, 4][table.rows[:, 4] == 0]).any()
     assert table.rows[0, 4] == 0  # the first evaluation has no history
-    assert table.stochastic == (solver in ("ddpm", "dpmpp_2m_sde") and steps > 1)
+    assert table.stochastic == (solver in ("ddpm", "dpmpp_2m_sde", "euler_maruyama") and steps > 1)
     corrected = steps - 1 - (solver == "heun" and table.sigma[0] > 1e3 * table.alpha[0] and steps > 1)
     assert table.evaluations == (steps + corrected if solver == "heun" else steps)
     with pytest.raises(ValueError, match="read-only"):
@@ -340,7 +340,14 @@ def test_eps_v_and_x0_networks_walk_alike(solver: str) -> None:
         ({"steps": 2000}, "steps must be at most the schedule's 1000, got 2000"),
         ({"eta": -0.1}, r"eta must be inside \[0, 1\], got -0.1"),
         ({"eta": float("nan")}, r"eta must be inside \[0, 1\], got nan"),
-        ({"eta": 0.5, "solver": "heun"}, r"eta of heun must be 0 \(only ddim, dpmpp_2m_sde take another\), got 0.5"),
+        (
+            {"eta": 0.5, "solver": "heun"},
+            r"eta of heun must be 0 \(only ddim, .*_sde, euler_maruyama take another\), got 0.5",
+        ),
+        ({"corrector_steps": -1}, "corrector_steps must be a whole number >= 0, got -1"),
+        ({"corrector_steps": 1, "corrector_snr": 0.5}, r"corrector_snr must lie in \(0, 0.5\), got 0.5"),
+        ({"corrector_steps": 1, "solver": "heun"}, r"corrector_steps of heun must be 0 \(it needs one of ddpm, ddim"),
+        ({"corrector_steps": 2, "solver": "ddpm", "variance": "learned"}, "of ddpm with a learned variance must be 0"),
         ({"clamp": 0.0}, "clamp must be a finite number > 0 or None, got 0.0"),
         ({"parameterisation": "score"}, "parameterisation must be one of eps, v, x0, got 'score'"),
         ({"schedule": COSINE}, "eps needs alpha >= 1e-06 at every step, got 0"),

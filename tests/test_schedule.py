@@ -114,7 +114,7 @@ def test_timesteps_equal_diffusers(spacing: Any, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 9, 39])
 @pytest.mark.parametrize("start", [1.0, 0.5, 0.04])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", [each for each in SPACINGS if each != "angle"])
 def test_timesteps_fall_strictly_and_keep_to_the_start(spacing: Any, start: float, steps: int) -> None:
     if spacing == "leading":
         steps += 1  # it needs two
@@ -129,6 +129,26 @@ def test_timesteps_fall_strictly_and_keep_to_the_start(spacing: Any, start: floa
         assert t[0] == start
         assert np.all(np.diff(t) < 0)
         assert t[-1] > 0
+
+
+@pytest.mark.parametrize("start", [1.0, 0.6])
+def test_equal_angles_are_equal_times_of_the_cosine(start: float) -> None:
+    cosine, sde = Schedule.continuous_cosine(), Schedule.vp_sde()
+    np.testing.assert_allclose(cosine.timesteps(7, "angle", start), cosine.timesteps(7, "uniform", start), atol=1e-12)
+    times = sde.timesteps(5, "angle", start)
+    angles = np.arctan2(*reversed(sde.alpha_sigma(times)))
+    assert times[0] == start
+    np.testing.assert_allclose(angles, angles[0] * np.arange(5, 0, -1) / 5, rtol=1e-9)
+
+
+def test_the_linear_vp_sde_is_the_integral_of_its_beta() -> None:
+    """alpha = exp(-1/2 int beta) and sigma^2 = 1 - alpha^2, by quadrature of beta(t) = 0.1 + 19.9 t."""
+    for t in (1e-5, 0.01, 0.3, 1.0):
+        nodes, weights = np.polynomial.legendre.leggauss(8)
+        integral = (0.1 + 19.9 * t * (nodes + 1) / 2) @ weights * t / 2
+        alpha, sigma = Schedule.from_config(PRESETS["clr-prior-128"].diffusion).alpha_sigma(t)
+        assert alpha == pytest.approx(np.exp(-integral / 2), rel=1e-13)
+        assert sigma == pytest.approx(np.sqrt(-np.expm1(-integral)), rel=1e-13)
 
 
 def test_respaced_chains() -> None:
@@ -173,6 +193,8 @@ any_x0_coefficients: Any = x0_coefficients
         (lambda: ANY_SCHEDULE.linear().timesteps(5, "karras"), "spacing must be one of .*, got 'karras'"),
         (lambda: ANY_SCHEDULE.linear().timesteps(1, "leading"), "leading' needs at least 2 steps"),
         (lambda: ANY_SCHEDULE.vp_sde().timesteps(5, "leading"), "spacing of a continuous schedule must be"),
+        (lambda: ANY_SCHEDULE.linear().timesteps(5, "angle"), "spacing of a table must be .*, got angle"),
+        (lambda: ANY_SCHEDULE.vp_sde().timesteps(5, "angle", 0.0), r"start must be inside \(0, 1\], got 0.0"),
         (lambda: ANY_SCHEDULE.linear().timesteps(5, start=0.0), r"start must be inside \(0, 1\], got 0.0"),
         (lambda: ANY_SCHEDULE.linear().timesteps(5, start=float("nan")), r"start must be inside \(0, 1\], got nan"),
         (lambda: ANY_SCHEDULE.linear().alpha_sigma(1000), r"t must be inside \[0, 999\], got 1000"),

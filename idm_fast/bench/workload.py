@@ -122,7 +122,7 @@ def workload(
     u, side = config.unet, config.unet.image_size if size is None else size
     table = build_table(
         Schedule.from_config(config.diffusion), config.diffusion.prediction, config.sampler, steps,
-        clamp=None if weights == RANDOM else 1.0,
+        spacing=config.spacing, clamp=None if weights == RANDOM else 1.0,
     )  # fmt: skip
     seeds = torch.arange(batch, device=device)
     start = initial_noise(seeds, (batch, u.in_channels, side, side), device)

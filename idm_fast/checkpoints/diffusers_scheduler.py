@@ -98,7 +98,7 @@ def _without_signal_at_the_end(config: DiffusionConfig) -> DiffusionConfig:
 
 def written(config: DiffusionConfig, sampler: str, where: str) -> dict[str, Any]:
     """The same as a scheduler's config. Raises ``IdmFastError`` for a diffusion that the library has not."""
-    if config.schedule == "cosine_continuous" or config.noise_level or config.rescale_timesteps:
+    if config.schedule in ("cosine_continuous", "vp_sde") or config.noise_level or config.rescale_timesteps:
         got = "noise levels" if config.noise_level else config.schedule
         raise IdmFastError(f"{where}: a diffusers scheduler must have a table that is walked by index, got {got}")
     made: dict[str, Any] = {

@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--model", action="append", default=[], help="name or .safetensors file; may be repeated")
     p.add_argument("--steps", nargs="+", type=int, metavar="T", help="default: the model's")
     p.add_argument("--sampler", nargs="+", choices=list(SOLVERS), help="solvers (default: the model's)")
-    p.add_argument("--eta", type=float, help="randomness of ddim and dpmpp_2m_sde, 0..1 (default: the solver's)")
+    p.add_argument(
+        "--eta", type=float, help="randomness of ddim, dpmpp_2m_sde and euler_maruyama, 0..1 (default: the solver's)"
+    )
     p.add_argument("--strength", type=float, help="below 1: start from the noised input (default: the model's)")
     p.add_argument("--levels", nargs="+", choices=list(LEVELS), help="of degradation (default: all)")
     p.add_argument("--no-baseline", action="store_true", help="leave out the denoise + sharpen rows")

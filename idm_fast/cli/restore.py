@@ -10,7 +10,7 @@ from idm_fast.checkpoints.settings import from_pairs
 from idm_fast.cli.inputs import collect
 from idm_fast.cli.session import Session
 from idm_fast.difface import START_INDEX
-from idm_fast.diffusion import SOLVERS
+from idm_fast.diffusion import CORRECTOR_SNR, SOLVERS
 from idm_fast.engine.lossy import REUSE_COST, TIERS
 from idm_fast.kernels import BACKENDS
 from idm_fast.registry import DEFAULT_MODEL, ESTIMATORS, FAMILIES, METHODS, shipped
@@ -71,7 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of --steps, as guided-diffusion writes it: ddim250, 250 or 10,15,20",
     )
     p.add_argument("--sampler", choices=list(SOLVERS), help="solver (default: the model's)")
-    p.add_argument("--eta", type=float, help="randomness of ddim and dpmpp_2m_sde, 0..1 (default: the solver's)")
+    p.add_argument(
+        "--corrector-steps", type=int, default=0, metavar="N",
+        help="Langevin steps of the score SDE at each noise level, one network evaluation each (default: none)",
+    )  # fmt: skip
+    p.add_argument(
+        "--corrector-snr", type=float, default=CORRECTOR_SNR, metavar="R", help="their size (default: %(default)s)"
+    )
+    p.add_argument(
+        "--eta", type=float, help="randomness of ddim, dpmpp_2m_sde and euler_maruyama, 0..1 (default: the solver's)"
+    )
     p.add_argument("--seed", type=int, default=0, help="the noise; same seed, same picture (default: %(default)s)")
     p.add_argument(
         "--strength", type=float,
@@ -124,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     options = {
         "num_inference_steps": args.steps, "sampler": args.sampler, "eta": args.eta, "strength": args.strength,
-        "respacing": args.respacing, "seed": args.seed, "face": args.face, "blend": args.blend,
+        "respacing": args.respacing, "corrector_steps": args.corrector_steps, "corrector_snr": args.corrector_snr,
+        "seed": args.seed, "face": args.face, "blend": args.blend,
         "upscale": args.upscale, "aligned": args.aligned, "batch_size": args.batch_size, "output_type": "picture",
     }  # fmt: skip
     restorer.restore([], **options)  # a wrong option ends the run here, before any work

@@ -12,12 +12,13 @@ loop.py              sample: network, fused update, network, fused update, ...
 from idm_fast.diffusion.guidance import Guidance, gradient_of, low_frequencies
 from idm_fast.diffusion.loop import initial_noise, noised_start, sample
 from idm_fast.diffusion.parameterisation import PARAMETERISATIONS, Parameterisation
-from idm_fast.diffusion.samplers import SOLVERS, VARIANCES, Variance, build_table
+from idm_fast.diffusion.samplers import CORRECTOR_SNR, SOLVERS, VARIANCES, Variance, build_table
 from idm_fast.diffusion.schedule import Schedule
 from idm_fast.diffusion.spacing import SPACINGS, Spacing, respace
 from idm_fast.diffusion.table import SamplerTable
 
 __all__ = [
+    "CORRECTOR_SNR",
     "PARAMETERISATIONS",
     "SOLVERS",
     "SPACINGS",

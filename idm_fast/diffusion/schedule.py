@@ -111,6 +111,9 @@ class Schedule:
         """The schedule that a model's settings name."""
         if config.schedule == "cosine_continuous":
             return cls.continuous_cosine(conditioning="noise_level" if config.noise_level else "t1000")
+        if config.schedule == "vp_sde":
+            told: Conditioning = "noise_level" if config.noise_level else "t1000"
+            return cls.vp_sde(config.beta_start, config.beta_end, conditioning=told)
         conditioning: Conditioning = "t1000" if config.rescale_timesteps else "index"
         if config.noise_level:
             conditioning = "noise_level"
@@ -192,6 +195,12 @@ class Schedule:
         table = self._table()
         return np.asarray(np.interp(-value, -_log_snr(*_pair(table)), np.arange(table.size)), dtype=np.float64)
 
+    def t_of_angle(self, angle: Times) -> Array:
+        """The time at which alpha = cos(angle), sigma = sin(angle); angle in [0, pi/2], held to the valid range."""
+        angle = np.asarray(angle, dtype=np.float64)
+        # The sine of the complement is 0 at pi/2, where cos is not.
+        return self.t_of_log_snr(2 * _log_snr(np.sin(np.pi / 2 - angle), np.sin(angle)))
+
     def network_time(self, t: Times) -> Array:
         """What the network receives for time ``t`` (see ``conditioning``)."""
         if self.conditioning == "noise_level":
@@ -216,6 +225,11 @@ class Schedule:
         """
         if self.size is not None:
             return _spacing.discrete(self.size, steps, spacing, start)
+        if spacing == "angle":
+            times = _spacing.continuous(self.t_max, steps, "uniform", start)
+            alpha, sigma = self.alpha_sigma(times[0])
+            times[1:] = self.t_of_angle(np.arctan2(sigma, alpha) * times[1:] / times[0])
+            return times
         return _spacing.continuous(self.t_max, steps, spacing, start)
 
     def _table(self) -> Array:

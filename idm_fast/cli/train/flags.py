@@ -61,7 +61,9 @@ def add_training(
     t: argparse._ActionsContainer, preset: str | None = DEFAULTS.preset, said: str = "%(default)s"
 ) -> None:
     """The settings of one training loop. ``preset``: the default one; ``said``: how --help says it."""
-    presets = [name for name, c in sorted(PRESETS.items()) if c.unet.cond_channels and c.diffusion.prediction == "x0"]
+    presets = [
+        name for name, c in sorted(PRESETS.items()) if c.unet.cond_channels == 3 and c.diffusion.prediction == "x0"
+    ]
     t.add_argument("--preset", default=preset, choices=presets, help=f"network to train (default: {said})")
     add_numbers(t, DEFAULTS)
 
