@@ -90,3 +90,6 @@ class Irn(nn.Module):
         own = copy.deepcopy(recognition, {id(tensor): tensor for tensor in weights.values()})
         embeddings: Tensor = functional_call(own, changed, (crop_chip(y),))
         return embeddings
+
+
+IRN_PRESETS: dict[str, IrnConfig] = {"irn-128": IrnConfig(name="irn-128")}

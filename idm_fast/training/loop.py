@@ -8,15 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from idm_fast.checkpoints import native
-from idm_fast.config import ModelConfig
-from idm_fast.config_vqgan import VqganConfig
 from idm_fast.errors import IdmFastError
 from idm_fast.files import clear_unfinished
 from idm_fast.training import distributed
@@ -28,7 +26,16 @@ from idm_fast.training.state import Stateful, load_state, save_state
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-Config = TypeVar("Config", ModelConfig, VqganConfig)
+class RunConfig(Protocol):
+    """What a model file says of its network: frozen settings with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Config = TypeVar("Config", bound=RunConfig)
 Model = TypeVar("Model", bound=nn.Module)
 
 

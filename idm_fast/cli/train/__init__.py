@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from idm_fast.cli.train import extrinsic, generator, intrinsic, vqgan
+from idm_fast.cli.train import extrinsic, generator, identity, intrinsic, vqgan
 
-_KINDS = {"intrinsic": intrinsic, "extrinsic": extrinsic, "generator": generator, "vqgan": vqgan}
+_KINDS = {"intrinsic": intrinsic, "extrinsic": extrinsic, "generator": generator, "vqgan": vqgan, "identity": identity}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

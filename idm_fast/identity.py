@@ -1,0 +1,99 @@
+"""Identity guidance: which way a latent must move so that its picture shows the person (CLR-Face, 2402.06106).
+
+    g = d (1 - cos(e(decode(z)), target)) / dz,    gradient = mask g / rms(g)
+
+z a latent in the prior's unit, e the recognition network, ``target`` the embedding that the identity recovery network
+finds for the degraded face. Scaled so, an image's unmasked gradient has the root mean square 1 whatever its
+face: ``Guidance.scale`` counts in deviations of the latent.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idm_fast.errors import IdmFastError
+from idm_fast.models.light_decoder import LightDecoder
+from idm_fast.models.vqgan import Vqgan
+
+
+class Embeds(Protocol):
+    """A differentiable embedding [N, E] of aligned crops [N, 3, S, S] in [-1, 1], as ``Recognition`` makes it."""
+
+    def embed_aligned(self, x: Tensor) -> Tensor: ...
+
+
+class IdentityGradient:
+    """Callable: latents x0_hat [N, D, h, w] in the prior's unit to ``gradient``, of the same shape and dtype.
+
+    - ``target`` [N, E]: where the embeddings are to go, one an image.
+    - ``mask`` [D, h, w] in [0, 1]: what may change (``LatentMask``); None: everything.
+    - ``factor`` f > 1 is lossy: the latent's means over f x f positions are decoded, to a picture of 1 / f of the side.
+    - ``light``: a linear stand-in for the decoder (lossy too).
+
+    For ``diffusion.Guidance``; works under inference mode. The codes are left out: between them there is no gradient. A
+    gradient that is not finite stays so (``Guidance`` skips and counts it); that of a picture that nothing can bring
+    nearer is 0. Raises ``IdmFastError`` for shapes that do not fit.
+    """
+
+    def __init__(
+        self,
+        vqgan: Vqgan,
+        recognition: Embeds,
+        target: Tensor,
+        mask: Tensor | None = None,
+        factor: int = 1,
+        light: LightDecoder | None = None,
+    ) -> None:
+        if factor < 1:
+            raise IdmFastError(f"identity guidance: factor must be >= 1, got {factor}")
+        if target.ndim != 2:
+            raise IdmFastError(f"identity guidance: target must be [N, E], got {list(target.shape)}")
+        self.vqgan, self.recognition, self.factor, self.light = vqgan, recognition, factor, light
+        self.target, self.mask = target.detach(), None if mask is None else mask.detach()
+
+    def distance(self, x0_hat: Tensor) -> Tensor:
+        """1 - cos(e(decode(z)), target) [N] of latents ``x0_hat`` in the prior's unit; differentiable."""
+        self._check(x0_hat)
+        z = x0_hat if self.factor == 1 else F.avg_pool2d(x0_hat, self.factor)
+        z = z / self.vqgan.config.latent_scale
+        picture = self.vqgan.decode(z, quantize=False) if self.light is None else self.light(z)
+        embeddings = self.recognition.embed_aligned(picture)
+        # One made in inference mode may not be kept for a backward pass; its copy outside of it may.
+        target = self.target.clone().to(embeddings)
+        return 1 - F.cosine_similarity(embeddings, target, dim=1)
+
+    def __call__(self, x0_hat: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            z = x0_hat.detach().clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(self.distance(z).sum(), z)
+        gradient = unit_rms(gradient)
+        return gradient if self.mask is None else gradient * self.mask.to(gradient)
+
+    def _check(self, x0_hat: Tensor) -> None:
+        shape, channels = list(x0_hat.shape), self.vqgan.config.embed_channels
+        if x0_hat.ndim != 4 or shape[:2] != [len(self.target), channels]:
+            raise IdmFastError(
+                f"identity guidance: x0_hat must be [{len(self.target)}, {channels}, h, w] = one latent a target, "
+                f"got {shape}"
+            )
+        if self.mask is not None and shape[1:] != list(self.mask.shape):
+            raise IdmFastError(
+                f"identity guidance: x0_hat must be of the mask's shape = {list(self.mask.shape)}, got {shape[1:]}"
+            )
+        if shape[2] % self.factor or shape[3] % self.factor:
+            raise IdmFastError(
+                f"identity guidance: factor must divide the latent's {shape[2]} x {shape[3]}, got {self.factor}"
+            )
+
+
+def unit_rms(gradient: Tensor) -> Tensor:
+    """Each image of ``gradient`` [N, ...] divided by its root mean square; one of zeros stays as it is."""
+    tiny = torch.finfo(gradient.dtype).tiny
+    dims = tuple(range(1, gradient.ndim))
+    # By its largest value first: squares of very small or very large ones would leave the dtype's range.
+    gradient = gradient / gradient.abs().amax(dims, keepdim=True).clamp(min=tiny)
+    return gradient / gradient.square().mean(dims, keepdim=True).sqrt().clamp(min=tiny)
