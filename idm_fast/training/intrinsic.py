@@ -19,19 +19,18 @@ from torch.utils.data import DataLoader, Subset
 from idm_fast.config import PRESETS, ModelConfig, preset
 from idm_fast.diffusion.schedule import Schedule
 from idm_fast.errors import IdmFastError
-from idm_fast.kernels import philox_normal
 from idm_fast.models.unet import UNet
 from idm_fast.training import distributed, sheet
 from idm_fast.training.data import FacePairs, list_faces
 from idm_fast.training.ema import Ema
 from idm_fast.training.loop import Loop
 from idm_fast.training.losses import RestorationLoss
+from idm_fast.training.noising import item_seeds, noised
 from idm_fast.training.settings import TrainSettings
 from idm_fast.training.state import Stateful
 from idm_fast.training.warm_start import warm_start
 
 _CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
-_STEP_NOISE, _START_NOISE = 0, 1  # streams of an item's noise
 
 
 def trainable(name: str) -> ModelConfig:
@@ -131,24 +130,9 @@ class Trainer(Loop[ModelConfig, UNet]):
 
     def _noised(self, x0: Tensor, y: Tensor, u: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, the network's time and the SNR of a batch; the first items start from pure noise, the last roll out."""
-        s, group = self.settings, self.group
-        count, channels, height, width = x0.shape
-        u = u.copy()
-        u[: round(s.pure_noise * count)] = 1.0
-        signal, noise = self.schedule.alpha_sigma(u)
-        alpha = torch.from_numpy(signal).float().to(self.device)
-        sigma = torch.from_numpy(noise).float().to(self.device)
-        t = torch.from_numpy(self.schedule.network_time(u)).float().to(self.device)
-        first = self._first() + group.rank
-        seeds = torch.arange(first, first + count * group.size, group.size) + ((s.seed % 2**22) << 40)
-        eps = philox_normal(seeds, (count, channels, height, width), _STEP_NOISE, self.device)
-        source = x0
-        rolled = round(s.rollout * count)
-        if rolled:
-            start = philox_normal(seeds[-rolled:], (rolled, channels, height, width), _START_NOISE, self.device)
-            with torch.no_grad(), self._autocast():
-                latest = torch.full_like(t[:rolled], float(self.schedule.network_time(1.0)))
-                answer = self.model(start, latest, y[-rolled:])
-            source = torch.cat([x0[:-rolled], answer.float()])
-        x_t = alpha[:, None, None, None] * source + sigma[:, None, None, None] * eps
-        return x_t, t, (alpha / sigma.clamp(min=1e-4)).square()
+        s, group, count = self.settings, self.group, len(x0)
+        times = u.copy()
+        times[: round(s.pure_noise * count)] = 1.0
+        seeds = item_seeds(self._first() + group.rank, count, group.size, s.seed)
+        with self._autocast():
+            return noised(self.schedule, times, x0, y, seeds, self.model, round(s.rollout * count))

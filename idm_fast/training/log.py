@@ -11,6 +11,21 @@ from typing import Any
 from idm_fast.files import atomic
 
 
+def put_row(path: Path, step: int, values: dict[str, float]) -> None:
+    """Adds the line of ``step`` to the table ``path``, with 4 decimals; those of this and of later steps go, which were
+    made before the run was set back.
+    """
+    rows: list[dict[str, object]] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            rows = [dict(row) for row in csv.DictReader(file) if int(row["step"]) < step]
+    rows.append({"step": step} | {key: round(value, 4) for key, value in values.items()})
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[-1]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 class Log:
     """Appends means over the last ``every`` steps to ``out / log.csv``; ``enabled=False`` writes nothing.
 

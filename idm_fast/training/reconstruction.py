@@ -51,8 +51,6 @@ def measure(module: Vqgan, faces: Tensor, lpips: Lpips | None, batch: int = 16) 
             columns[index].append(psnr(y, x))
             columns[2 + index].append(lpips(y, x) if lpips is not None else torch.full((len(x),), torch.nan))
     kept, as_is, lpips_kept, lpips_as_is = (float(torch.cat(column).mean()) for column in columns)
-    every = torch.cat(latents)
-    deviation = float((every - every.mean(dim=(0, 2, 3), keepdim=True)).square().mean().sqrt())
     return Reconstruction(
         len(faces),
         kept,
@@ -60,8 +58,13 @@ def measure(module: Vqgan, faces: Tensor, lpips: Lpips | None, batch: int = 16) 
         as_is,
         lpips_as_is,
         int(torch.bincount(torch.cat(codes)).count_nonzero()),
-        deviation,
+        deviation(torch.cat(latents)),
     )
+
+
+def deviation(latents: Tensor) -> float:
+    """Root mean square of latents [N, D, h, w] about the mean of their channel; its inverse is a ``latent_scale``."""
+    return float((latents - latents.mean(dim=(0, 2, 3), keepdim=True)).square().mean().sqrt())
 
 
 @torch.no_grad()

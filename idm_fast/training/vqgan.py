@@ -6,7 +6,6 @@ same run.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,12 +20,12 @@ from torch.utils.data import DataLoader, Subset
 from idm_fast.checkpoints import native
 from idm_fast.config_vqgan import VqganConfig, vqgan_preset
 from idm_fast.errors import IdmFastError
-from idm_fast.files import atomic
 from idm_fast.models.perceptual import Lpips
 from idm_fast.models.vqgan import Vqgan
 from idm_fast.training.codebook import CodebookAverage
 from idm_fast.training.data import FacePictures, list_faces
 from idm_fast.training.ema import Ema
+from idm_fast.training.log import put_row
 from idm_fast.training.loop import Loop
 from idm_fast.training.reconstruction import Reconstruction, draw, measure
 from idm_fast.training.sheet import faces_to_show
@@ -144,7 +143,7 @@ class VqganTrainer(Loop[VqganConfig, Vqgan]):
         found = self._found()
         if faces is not None and found is not None:
             draw(self.ema.model, faces[:: max(1, len(faces) // _SHOWN)][:_SHOWN], path)
-            self._note(found)
+            put_row(self.settings.out / "reconstruction.csv", self.step, found.to_dict())
 
     def _faces(self) -> Tensor | None:
         return faces_to_show(self.settings.data, self.model.config.image_size, _MEASURED)
@@ -159,19 +158,6 @@ class VqganTrainer(Loop[VqganConfig, Vqgan]):
                 lpips = None
             self._measured = self.step, None if faces is None else measure(self.ema.model, faces, lpips)
         return self._measured[1]
-
-    def _note(self, found: Reconstruction) -> None:
-        """A line of ``reconstruction.csv``; those of later steps, which were made before the run was set back, go."""
-        path = self.settings.out / "reconstruction.csv"
-        rows: list[dict[str, object]] = []
-        if path.is_file():
-            with path.open(newline="") as file:
-                rows = [dict(row) for row in csv.DictReader(file) if int(row["step"]) < self.step]
-        rows.append({"step": self.step} | {key: round(value, 4) for key, value in found.to_dict().items()})
-        with atomic(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[-1]))
-            writer.writeheader()
-            writer.writerows(rows)
 
     def export(self) -> None:
         """Writes the averaged weights as ``out / model.safetensors`` in fp16, with their figures and latent scale."""

@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from idm_fast.cli.train import extrinsic, generator, identity, intrinsic, vqgan
+from idm_fast.cli.train import extrinsic, generator, identity, intrinsic, latent_prior, vqgan
 
-_KINDS = {"intrinsic": intrinsic, "extrinsic": extrinsic, "generator": generator, "vqgan": vqgan, "identity": identity}
+_KINDS = {
+    "intrinsic": intrinsic,
+    "extrinsic": extrinsic,
+    "generator": generator,
+    "vqgan": vqgan,
+    "latent-prior": latent_prior,
+    "identity": identity,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

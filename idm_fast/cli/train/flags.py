@@ -36,6 +36,7 @@ _NUMBERS = {
     "min_native_px": "leave out crops enlarged from fewer pixels",
     "snr_min": "smallest weight of an item's loss",
     "snr_max": "largest weight of an item's loss",
+    "val_faces": "validation faces of the figures beside each sheet",
     "seed": "of everything random",
     "workers": "data loading processes",
     "save_every": "steps between states",
