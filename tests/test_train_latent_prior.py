@@ -23,7 +23,7 @@ from idm_fast.config_vqgan import VqganConfig
 from idm_fast.errors import IdmFastError
 from idm_fast.latent_space import LatentSpace, matched, weights_digest
 from idm_fast.models.vqgan import Vqgan
-from idm_fast.training.data import list_faces, load_crop
+from idm_fast.training.data import FacePairs, list_faces, load_crop
 from idm_fast.training.latent_loss import LatentLoss, LatentLossWeights
 from idm_fast.training.latent_prior import LatentPriorTrainer
 from idm_fast.training.latent_settings import LatentPriorSettings
@@ -119,20 +119,25 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert files[0].read_bytes()[-1000:] == files[1].read_bytes()[-1000:]
 
 
-def test_it_learns_and_reports(settings: LatentPriorSettings) -> None:
-    settings = replace(settings, steps=24, learning_rate=2e-2, warmup=1, sheet_every=12)
-    trainer = LatentPriorTrainer(settings)
-    trainer.run()
-    rows = _rows(settings.out / "log.csv")
-    assert [int(row["step"]) for row in rows] == [20, 24]
-    assert float(rows[-1]["error"]) < 0.97 * float(rows[-1]["error_cond"])  # where a residual network begins
+def test_it_learns(settings: LatentPriorSettings) -> None:
+    """A fresh network answers with the degraded latent; the same batch again and again comes nearer to the clean."""
+    trainer = LatentPriorTrainer(replace(settings, learning_rate=3e-3, steps=100))
+    trainer.step = 2  # warmed up, and never counted on: always the same noise
+    pairs = FacePairs(trainer.faces, VQ.image_size, 4, 0)
+    x0, y = (torch.stack(column) for column in zip(*(pairs[i] for i in range(4)), strict=True))
+    found = [trainer._step(x0, y) for _ in range(16)]
+    assert found[0]["error"] == pytest.approx(found[0]["error_cond"], rel=1e-4)
+    assert found[-1]["error"] < 0.9 * found[0]["error"]
+
+
+def test_it_reports(settings: LatentPriorSettings) -> None:
+    LatentPriorTrainer(replace(settings, sheet_every=2)).run()
+    (row,) = _rows(settings.out / "log.csv")
     found = _rows(settings.out / "validation.csv")
-    assert [int(row["step"]) for row in found] == [12, 24]
+    assert [int(each["step"]) for each in found] == [2, 4]
     assert {f"psnr_{name}" for name in ("1", "4", "degraded", "vqgan")} <= set(found[0])
-    assert all(math.isfinite(float(value)) for row in [*rows, *found] for value in row.values())
-    assert found[0]["psnr_degraded"] == found[1]["psnr_degraded"]
-    assert found[0]["psnr_4"] != found[1]["psnr_4"]
-    with Image.open(settings.out / "sheets" / "000024.png") as sheet:
+    assert all(math.isfinite(float(value)) for each in [row, *found] for value in each.values())
+    with Image.open(settings.out / "sheets" / "000004.png") as sheet:
         assert sheet.size == (4 * 64, 2 * 64)
 
 
