@@ -1,0 +1,116 @@
+"""Training for identity guidance: resumed it is the same run, and its figures are those of the embeddings."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from idm_fast import checkpoints
+from idm_fast.cli import main
+from idm_fast.errors import IdmFastError
+from idm_fast.models.recognition import Recognition
+from idm_fast.training.identity import IdentityTrainer
+from idm_fast.training.identity_settings import IdentitySettings
+from idm_fast.training.recovery import likeness
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> IdentitySettings:
+    """A run of four steps on three made-up faces."""
+    try:
+        Recognition()
+    except IdmFastError as error:
+        pytest.skip(str(error))
+    data = tmp_path / "faces"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    with (data / "faces.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "split", "native_px"])
+        for i in range(5):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            coarse.resize((48, 48), Image.Resampling.BICUBIC).save(data / f"{i}.png")
+            writer.writerow([f"{i}.png", "train" if i < 3 else "val", 200])
+    return IdentitySettings(data, tmp_path / "run", steps=4, batch_size=2, warmup=1, save_every=1, sheet_every=2)
+
+
+def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _tensors(item, f"{name}.{key}").items()}
+    return {name: value} if isinstance(value, Tensor) else {}
+
+
+def test_an_interrupted_run_ends_with_the_same_weights_and_figures(
+    settings: IdentitySettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = replace(settings, out=settings.out.with_name("whole"))
+    IdentityTrainer(whole).run()
+    original = IdentityTrainer._step
+
+    def crashing(self: IdentityTrainer, x0: Tensor, y: Tensor) -> dict[str, float]:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return original(self, x0, y)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IdentityTrainer, "_step", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            IdentityTrainer(settings).run()
+    torch.manual_seed(99)  # states of the process must not matter
+    given = ["--steps", "4", "--batch-size", "2", "--warmup", "1", "--save-every", "1", "--sheet-every", "2"]
+    command = ["train", "identity", "--data", str(settings.data), "--out", str(settings.out), *given]
+    assert main(command) == 0
+    first, second = (_tensors(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    tables = [(s.out / "recovery.csv").read_text() for s in (whole, settings)]
+    assert tables[0] == tables[1]
+    rows = list(csv.DictReader(tables[0].splitlines()))
+    assert [(row["step"], row["level"], row["embedding"]) for row in rows] == [
+        (step, level, who) for step in "24" for level in ("mild", "medium", "severe")
+        for who in ("recovered", "own", "mean")
+    ]  # fmt: skip
+    by_name = {(row["level"], row["embedding"]): row for row in rows[9:]}
+    assert by_name["severe", "recovered"] != by_name["severe", "own"]
+    made = checkpoints.load(settings.out / "model.safetensors")
+    assert made.notes["recovery"]["severe"]["own"]["cosine"] == float(by_name["severe", "own"]["cosine"])
+    with Image.open(settings.out / "sheets" / "000004.png") as sheet:
+        assert sheet.size == (960, 540)
+    capsys.readouterr()
+    assert main([*command, "--euclid", "1"]) == 2
+    assert "belongs to a run with euclid = 0.25 (now 1.0)" in capsys.readouterr().err
+
+
+def test_a_constant_is_near_everybody_and_finds_nobody() -> None:
+    torch.manual_seed(0)
+    true = torch.randn(40, 128) + 3
+    mean = likeness(true.mean(0, keepdim=True).expand_as(true), true)
+    assert mean.cosine > 0.9
+    assert mean.found == pytest.approx(1 / 40)
+    half = true.clone()
+    half[20:] = true[20:].roll(1, 0)
+    found = likeness(half, true)
+    assert found.found == 0.5
+    assert found.distance == pytest.approx(float((half - true).norm(dim=1).mean()))
+    assert likeness(true, true).cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"precision": "fp16"}, "precision must be fp32 or bf16 for an identity recovery network, got fp16"),
+        ({"preset": "irn"}, r"preset must be one of \['irn-128'\], got 'irn'"),
+        ({"euclid": -1.0}, "euclid must be a number >= 0, got -1.0"),
+    ],
+)
+def test_wrong_settings_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(IdmFastError, match=message):
+        IdentitySettings(Path(), Path(), **changed)
