@@ -24,7 +24,7 @@ from idm_fast.training.recovery import likeness
 
 @pytest.fixture
 def settings(tmp_path: Path) -> IdentitySettings:
-    """A run of four steps on three made-up faces."""
+    """A run of two steps on three made-up faces."""
     try:
         Recognition()
     except IdmFastError as error:
@@ -39,7 +39,7 @@ def settings(tmp_path: Path) -> IdentitySettings:
             coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
             coarse.resize((48, 48), Image.Resampling.BICUBIC).save(data / f"{i}.png")
             writer.writerow([f"{i}.png", "train" if i < 3 else "val", 200])
-    return IdentitySettings(data, tmp_path / "run", steps=4, batch_size=2, warmup=1, save_every=1, sheet_every=2)
+    return IdentitySettings(data, tmp_path / "run", steps=2, batch_size=2, warmup=1, save_every=1, sheet_every=1)
 
 
 def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_figures(
     original = IdentityTrainer._step
 
     def crashing(self: IdentityTrainer, x0: Tensor, y: Tensor) -> dict[str, float]:
-        if self.step == 3:
+        if self.step == 1:
             raise KeyboardInterrupt
         return original(self, x0, y)
 
@@ -65,7 +65,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_figures(
         with pytest.raises(KeyboardInterrupt):
             IdentityTrainer(settings).run()
     torch.manual_seed(99)  # states of the process must not matter
-    given = ["--steps", "4", "--batch-size", "2", "--warmup", "1", "--save-every", "1", "--sheet-every", "2"]
+    given = ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--save-every", "1", "--sheet-every", "1"]
     command = ["train", "identity", "--data", str(settings.data), "--out", str(settings.out), *given]
     assert main(command) == 0
     first, second = (_tensors(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
@@ -75,14 +75,14 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_figures(
     assert tables[0] == tables[1]
     rows = list(csv.DictReader(tables[0].splitlines()))
     assert [(row["step"], row["level"], row["embedding"]) for row in rows] == [
-        (step, level, who) for step in "24" for level in ("mild", "medium", "severe")
+        (step, level, who) for step in "12" for level in ("mild", "medium", "severe")
         for who in ("recovered", "own", "mean")
     ]  # fmt: skip
     by_name = {(row["level"], row["embedding"]): row for row in rows[9:]}
     assert by_name["severe", "recovered"] != by_name["severe", "own"]
     made = checkpoints.load(settings.out / "model.safetensors")
     assert made.notes["recovery"]["severe"]["own"]["cosine"] == float(by_name["severe", "own"]["cosine"])
-    with Image.open(settings.out / "sheets" / "000004.png") as sheet:
+    with Image.open(settings.out / "sheets" / "000002.png") as sheet:
         assert sheet.size == (960, 540)
     capsys.readouterr()
     assert main([*command, "--euclid", "1"]) == 2

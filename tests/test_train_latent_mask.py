@@ -46,7 +46,7 @@ ALONE = MaskLossWeights(lpips=0, l1=0, sparsity=0)
 
 @pytest.fixture
 def settings(tmp_path: Path) -> LatentMaskSettings:
-    """A run of three steps on three made-up faces, with parts of random weights."""
+    """A run of two steps on three made-up faces, with parts of random weights."""
     try:
         Recognition()
     except IdmFastError as error:
@@ -69,8 +69,8 @@ def settings(tmp_path: Path) -> LatentMaskSettings:
     native.save(files[1], prior, PRIOR, LatentSpace.of(vqgan).to_notes(), torch.float16)
     native.save(files[2], irn, irn.config, {"steps": 7}, torch.float16)
     return LatentMaskSettings(
-        data, tmp_path / "run", vqgan=files[0], prior=files[1], irn=files[2], steps=3, batch_size=2, warmup=1,
-        save_every=1, sheet_every=3, guidance_interval=(0.0, 0.9), val_faces=2, loss=replace(ALONE, sparsity=0.01),
+        data, tmp_path / "run", vqgan=files[0], prior=files[1], irn=files[2], steps=2, batch_size=2, warmup=1,
+        save_every=1, sheet_every=2, guidance_interval=(0.0, 0.9), val_faces=2, loss=replace(ALONE, sparsity=0.01),
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_an_interrupted_run_ends_with_the_same_whole_model(
     original = LatentMaskTrainer._step
 
     def crashing(self: LatentMaskTrainer, x0: Tensor, y: Tensor) -> dict[str, float]:
-        if self.step == 2:
+        if self.step == 1:
             raise KeyboardInterrupt
         return original(self, x0, y)
 
@@ -98,7 +98,7 @@ def test_an_interrupted_run_ends_with_the_same_whole_model(
             LatentMaskTrainer(settings).run()
     torch.manual_seed(99)  # states of the process must not matter
     parts = [f"--{name}={settings.data.parent / name}.safetensors" for name in ("vqgan", "prior", "irn")]
-    given = "--steps 3 --batch-size 2 --warmup 1 --save-every 1 --sheet-every 3 --guidance-interval 0 0.9 --val-faces 2"
+    given = "--steps 2 --batch-size 2 --warmup 1 --save-every 1 --sheet-every 2 --guidance-interval 0 0.9 --val-faces 2"
     losses = "--loss-lpips 0 --loss-l1 0 --loss-sparsity 0.01"
     command = ["train", "latent-mask", *parts, f"--data={settings.data}", f"--out={settings.out}"]
     command += f"{given} {losses}".split()
@@ -109,7 +109,7 @@ def test_an_interrupted_run_ends_with_the_same_whole_model(
     tables = [(s.out / "guidance.csv").read_text() for s in (whole, settings)]
     assert tables[0] == tables[1]
     (row,) = csv.DictReader(tables[0].splitlines())
-    assert row["step"] == "3"
+    assert row["step"] == "2"
     assert row["cosine_unguided"] != row["cosine_unmasked"] != row["cosine_masked"]
     made = checkpoints.load(settings.out / "model.safetensors")
     assert isinstance(made.module, ClrFace)
@@ -120,9 +120,9 @@ def test_an_interrupted_run_ends_with_the_same_whole_model(
         for name, tensor in getattr(made.module, part).state_dict().items():
             assert torch.equal(tensor, weights[name])
     assert torch.equal(made.module.mask.logits, second[".ema.logits"].half().float())
-    with Image.open(settings.out / "sheets" / "000003.png") as sheet:
+    with Image.open(settings.out / "sheets" / "000002.png") as sheet:
         assert sheet.size == (5 * 32, 2 * 32)
-    assert (settings.out / "sheets" / "mask-000003.png").is_file()
+    assert (settings.out / "sheets" / "mask-000002.png").is_file()
     native.save(settings.irn, Irn(made.config.irn), made.config.irn, {}, torch.float16)
     capsys.readouterr()
     assert main(command) == 2
