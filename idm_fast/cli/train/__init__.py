@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from idm_fast.cli.train import extrinsic, generator, identity, intrinsic, latent_prior, vqgan
+from idm_fast.cli.train import extrinsic, generator, identity, intrinsic, latent_mask, latent_prior, vqgan
 
 _KINDS = {
     "intrinsic": intrinsic,
@@ -14,6 +14,7 @@ _KINDS = {
     "vqgan": vqgan,
     "latent-prior": latent_prior,
     "identity": identity,
+    "latent-mask": latent_mask,
 }
 
 
