@@ -98,6 +98,7 @@ def test_settings_fall_back_to_the_model_s_own() -> None:
     assert SampleSettings().resolved(config) == SampleSettings(4, "heun", None, 0.5)
     assert restorer.evaluations(SampleSettings()) == 7  # two a step, one in the last
     assert restorer.evaluations(SampleSettings(steps=5, sampler="ddim")) == 5
+    assert restorer.evaluations(SampleSettings(steps=3, sampler="ddim", corrector_steps=2)) == 3 + 2 * 2
     own = restorer.restore(y, SEEDS[:1], SampleSettings())
     assert torch.equal(own, restorer.restore(y, SEEDS[:1], SampleSettings(4, "heun", None, 0.5)))
     assert not torch.equal(own, restorer.restore(y, SEEDS[:1], SampleSettings(4, "heun", None, 1.0)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -238,3 +240,36 @@ def test_the_command_trains_and_keeps_to_its_settings(
     prior = settings.out / "model.safetensors"
     assert main([*given[:3], str(prior), *given[4:7], str(settings.out / "b"), *given[8:]]) == 2
     assert "model.safetensors: must hold a VQGAN, got a UNet" in capsys.readouterr().err
+
+
+SCRIPT = """
+from pathlib import Path
+import torch
+from idm_fast.config import PRESETS, ModelConfig, from_dict
+from idm_fast.training.latent_loss import LatentLossWeights
+from idm_fast.training.latent_prior import LatentPriorTrainer
+from idm_fast.training.latent_settings import LatentPriorSettings
+
+torch.set_num_threads(1)
+PRESETS["tiny-prior"] = from_dict(ModelConfig, {tiny!r})
+values = {values!r}
+values |= {{"data": Path(values["data"]), "vqgan": Path(values["vqgan"]), "out": Path({out!r}), "batch_size": 2}}
+LatentPriorTrainer(LatentPriorSettings(**values | {{"loss": LatentLossWeights(**values["loss"])}})).run()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(settings: LatentPriorSettings, tmp_path: Path) -> None:
+    one = replace(settings, steps=3, pure_noise=0.5, rollout=0.5)  # whole items of a batch of 4 and of 2
+    LatentPriorTrainer(one).run()
+    script, out = tmp_path / "train.py", tmp_path / "both"
+    script.write_text(SCRIPT.format(tiny=TINY.to_dict(), values=one.to_dict(), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    first, second = (torch.load(folder / "state.pt", weights_only=True) for folder in (one.out, out))
+    assert first["step"] == second["step"] == 3
+    assert first["latents"] == second["latents"]
+    for name, tensor in first["ema"].items():
+        moved = float((tensor - second["ema"][name]).abs().max())
+        assert moved <= 2e-4, name  # of a learning rate of 6e-4: Adam takes the sign of what rounding leaves

@@ -166,9 +166,8 @@ class LatentPriorTrainer(Loop[ModelConfig, UNet]):
                 lpips = Lpips("alex").to(self.device)
             except IdmFastError:  # a run without a perceptual term needs no such weights
                 lpips = None
-            self._validation = LatentValidation(self.vqgan, self.scale, faces, lpips)
-        with self._autocast():
-            figures, restored = self._validation.measure(self.ema.model, self.config)
+            self._validation = LatentValidation(self.vqgan, self.scale, faces, lpips, self._autocast)
+        figures, restored = self._validation.measure(self.ema.model, self.config)
         self._validation.draw(restored, path)
         put_row(self.settings.out / "validation.csv", self.step, figures)
 

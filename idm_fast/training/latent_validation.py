@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -19,16 +20,17 @@ from idm_fast.training.sheet import save_columns
 
 STEPS = (1, 4)
 _BATCH = 8
+Autocast = Callable[[], AbstractContextManager[None]]
 
 
 class LatentValidation:
     """``faces`` [N, 3, S, S] in [-1, 1], degraded at the level "medium" by seeds 0, 1, ...; ``scale`` of the latents.
 
-    Without ``lpips`` its figures are left out.
+    Networks run under ``autocast``, figures are computed in float32; without ``lpips`` its own are left out.
     """
 
-    def __init__(self, vqgan: Vqgan, scale: float, faces: Tensor, lpips: Lpips | None) -> None:
-        self.vqgan, self.scale, self.lpips = vqgan, scale, lpips
+    def __init__(self, vqgan: Vqgan, scale: float, faces: Tensor, lpips: Lpips | None, autocast: Autocast) -> None:
+        self.vqgan, self.scale, self.lpips, self._autocast = vqgan, scale, lpips, autocast
         self.device = next(vqgan.parameters()).device
         self.faces = faces
         self.degraded = torch.stack([degrade_level(face, "medium", seed) for seed, face in enumerate(faces)])
@@ -71,7 +73,9 @@ class LatentValidation:
         for first in range(0, len(pictures), _BATCH):
             batch = pictures[first : first + _BATCH].to(self.device)
             seeds = torch.arange(first, first + len(batch), device=self.device)
-            parts.append(work(batch, seeds).float().clamp(-1, 1).cpu())
+            with self._autocast():
+                made = work(batch, seeds)
+            parts.append(made.float().clamp(-1, 1).cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
