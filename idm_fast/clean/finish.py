@@ -20,7 +20,7 @@ from idm_fast.clean.rule import Verdict, judge
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.pipeline import paste_faces
 from idm_fast.faces.sharpness import FloatArray
-from idm_fast.images import Picture, write_image
+from idm_fast.images import encode_image
 
 if TYPE_CHECKING:
     from idm_fast.clean.work import Setup, Work
@@ -95,11 +95,10 @@ class Finisher:
                 pixels = self._paste(work, [self.options.blend * share for share in shares])
             result = "kept" if min(shares) == 1.0 else "blended"
             try:
-                written = place(self.setup.out, work.task.output, work.picture.with_pixels(pixels))
-            except DiskError:
-                raise
+                data = encode_image(work.picture.with_pixels(pixels), work.task.output)
             except IdmFastError as error:  # the format cannot hold it
                 return failed(work.task, str(error))
+            written = place(self.setup.out, work.task.output, data)
             record = _record(work.task, result, output=work.task.output, output_bytes=written)
         record["faces"] = [
             self._face(work, k, verdict, pixels) for k, verdict in enumerate(verdicts)
@@ -154,32 +153,23 @@ def repeated(setup: Setup, task: Task, first: str, result: str, output: str | No
     )
 
 
-def place(out: Path, output: str, content: Picture | bytes) -> int:
-    """Puts a picture or the bytes of a file at its place ``output`` below ``out``, whole; returns its length.
+def place(out: Path, output: str, data: bytes) -> int:
+    """Puts the bytes of a file at its place ``output`` below ``out``, whole; returns their number.
 
     It is made in the folder for unfinished files, so that a kill leaves nothing torn among the pictures. Raises
-    ``DiskError`` where it cannot be written, and ``IdmFastError`` where the format cannot hold the picture.
+    ``DiskError`` where it cannot be written.
     """
     target = out / output
     part = parts_folder(out) / f"{os.getpid()}-{next(_numbers)}{PurePosixPath(output).suffix}"
     try:
-        if isinstance(content, Picture):
-            write_image(content, part, quick=True)
-        else:
-            part.write_bytes(content)
-        written = part.stat().st_size
+        part.write_bytes(data)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, target)
     except OSError as error:
-        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from None
-    except IdmFastError as error:
-        if isinstance(cause := error.__context__, OSError):
-            raise DiskError(f"{target}: cannot be written: {cause.strerror or cause}") from None
-        raise
-    finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-    return written
+        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from None
+    return len(data)
 
 
 def _record(task: Task, result: str, **more: Any) -> Record:

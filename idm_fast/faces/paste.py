@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.align import AlignedFace, crop_face
 from idm_fast.faces.detail import HALO, band_noise, detail_gain, keep_sharper
+from idm_fast.faces.resize import resize_crops
 from idm_fast.faces.sharpness import blockiness
 
 FloatArray = npt.NDArray[np.float32]
@@ -228,13 +229,12 @@ def _match_color(crop: torch.Tensor, before: torch.Tensor, how: ColorMatch) -> t
     """``crop`` with the coarsest bands of ``before``; both [3, S, S]."""
     if how == "none":
         return crop
-    difference = (before - crop)[None]
+    difference = before - crop
     if how == "mean":
-        return crop + difference.mean(dim=(2, 3), keepdim=True)[0]
-    size = crop.shape[-2:]
-    bands = (min(_LOW_BANDS, size[0]), min(_LOW_BANDS, size[1]))
-    low = F.interpolate(difference, size=bands, mode="bilinear", antialias=True, align_corners=False)
-    return crop + F.interpolate(low, size=size, mode="bicubic", align_corners=False)[0]
+        return crop + difference.mean(dim=(1, 2), keepdim=True)
+    size = crop.shape[-1]
+    low = resize_crops(difference, min(_LOW_BANDS, size), mode="bilinear", antialias=True)
+    return crop + resize_crops(low, size, mode="bicubic")
 
 
 def _bounds(face: AlignedFace, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -267,7 +267,7 @@ def _check(
     for crop in crops:
         if crop.ndim != 3 or crop.shape[0] != 3 or crop.shape[1] != crop.shape[2]:
             raise IdmFastError(f"paste: crops must be [3, size, size], got {list(crop.shape)}")
-        if not bool(torch.isfinite(crop).all()):
+        if not math.isfinite(float(crop.sum(dtype=torch.float64))):  # one pass without a mask; NaN and infinity both survive a sum
             raise IdmFastError("paste: crops must be finite, got NaN or infinite values from the network")
     for blend in blends:
         if not 0.0 <= blend <= 1.0:
