@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from idm_fast.clean.folder import parts_folder
-from idm_fast.clean.listing import Task
+from idm_fast.clean.listing import Task, content_digest
 from idm_fast.clean.manifest import DiskError, Record
 from idm_fast.clean.measure import Identity, estimates, look
 from idm_fast.clean.rule import Verdict, judge
@@ -99,7 +99,7 @@ class Finisher:
             except IdmFastError as error:  # the format cannot hold it
                 return failed(work.task, str(error))
             written = place(self.setup.out, work.task.output, data)
-            record = _record(work.task, result, output=work.task.output, output_bytes=written)
+            record = _record(work.task, result, digest=work.digest, output=work.task.output, output_bytes=written)
         record["faces"] = [
             self._face(work, k, verdict, pixels) for k, verdict in enumerate(verdicts)
         ]  # after the write, which may fail
@@ -130,9 +130,8 @@ class Finisher:
             data = source.read_bytes()
         except OSError as error:
             return failed(task, f"{source}: must be readable, got {error.strerror or error}")
-        return _record(
-            task, "copied", output=task.name, output_bytes=place(self.setup.out, task.name, data), reason=why
-        )
+        written = place(self.setup.out, task.name, data)
+        return _record(task, "copied", digest=content_digest(data), output=task.name, output_bytes=written, reason=why)
 
 
 def failed(task: Task, why: str) -> Record:
@@ -143,13 +142,15 @@ def repeated(setup: Setup, task: Task, first: str, result: str, output: str | No
     """The record of a picture with the bytes of ``first``, after a copy of what became of that one."""
     if output is None:
         return failed(task, f"{setup.source / task.name}: has the bytes of {first}, which failed")
+    original, made = setup.source / task.name, setup.out / output
     try:
-        data = (setup.out / output).read_bytes()
+        digest, data = content_digest(original.read_bytes()), made.read_bytes()
     except OSError as error:
-        return failed(task, f"{setup.out / output}: must be readable, got {error.strerror or error}")
+        return failed(task, f"{error.filename}: must be readable, got {error.strerror or error}")
     mine = task.name if output == first else task.output
+    written = place(setup.out, mine, data)
     return _record(
-        task, "duplicate", output=mine, output_bytes=place(setup.out, mine, data), duplicate_of=first, first=result
+        task, "duplicate", digest=digest, output=mine, output_bytes=written, duplicate_of=first, first=result
     )
 
 
@@ -173,7 +174,8 @@ def place(out: Path, output: str, data: bytes) -> int:
 
 
 def _record(task: Task, result: str, **more: Any) -> Record:
-    return {"file": task.name, "result": result, "asked": task.asked, "bytes": task.length} | more
+    about = {"asked": task.asked, "bytes": task.length, "mtime_ns": task.mtime_ns}
+    return {"file": task.name, "result": result} | about | more
 
 
 def _rounded(value: float | None) -> float | None:

@@ -267,7 +267,9 @@ def _check(
     for crop in crops:
         if crop.ndim != 3 or crop.shape[0] != 3 or crop.shape[1] != crop.shape[2]:
             raise IdmFastError(f"paste: crops must be [3, size, size], got {list(crop.shape)}")
-        if not math.isfinite(float(crop.sum(dtype=torch.float64))):  # one pass without a mask; NaN and infinity both survive a sum
+        if not math.isfinite(
+            float(crop.sum(dtype=torch.float64))
+        ):  # one pass without a mask; NaN and infinity both survive a sum
             raise IdmFastError("paste: crops must be finite, got NaN or infinite values from the network")
     for blend in blends:
         if not 0.0 <= blend <= 1.0:

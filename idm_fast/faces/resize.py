@@ -1,4 +1,4 @@
-"""Resizing of square crops as two small matrix products, which a CPU does several times faster than the filter itself."""
+"""Resizing of square crops as two small matrix products, several times faster on a CPU than the filter itself."""
 
 from __future__ import annotations
 

@@ -87,9 +87,7 @@ def _prepared(picture: Picture, path: Path) -> tuple[npt.NDArray[Any], Picture, 
     return samples, picture, notes
 
 
-def _encode(
-    file: IO[bytes], samples: npt.NDArray[Any], picture: Picture, kind: str, quality: int, quick: bool
-) -> None:
+def _encode(file: IO[bytes], samples: npt.NDArray[Any], picture: Picture, kind: str, quality: int, quick: bool) -> None:
     if kind == "TIFF":
         if samples.dtype == np.uint16 and samples.shape[2:] == (2,):  # which hardly any program reads
             samples = samples[..., [0, 0, 0, 1]]
@@ -125,9 +123,7 @@ def _over_white(picture: Picture) -> Picture:
     return flat
 
 
-def _write_with_pillow(
-    file: IO[bytes], samples: npt.NDArray[Any], kind: str, picture: Picture, quality: int
-) -> None:
+def _write_with_pillow(file: IO[bytes], samples: npt.NDArray[Any], kind: str, picture: Picture, quality: int) -> None:
     options: dict[str, Any] = {}
     if kind in _WITH_METADATA:
         options = {name: data for name, data in (("exif", picture.exif), ("icc_profile", picture.icc)) if data}
