@@ -48,7 +48,7 @@ def write_png(
     above = np.zeros((1, width * step), np.uint8)
     for top in range(0, height, strip):
         part = rows[top : top + strip]
-        if packed := packer.compress(_filtered(part, above, step)):
+        if packed := packer.compress(_filtered(part, above, step).data):
             _write_chunk(file, b"IDAT", packed)
         above = part[-1:]
     _write_chunk(file, b"IDAT", packer.flush())
