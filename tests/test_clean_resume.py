@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from idm_fast.clean import CleanOptions, DiskError, clean, finish, manifest
 from idm_fast.clean.folder import opened, parts_folder
@@ -151,15 +150,15 @@ class Full:
         return self.function(*args, **more)
 
 
-@pytest.mark.parametrize("where", ["replace", "save", "append"])
+@pytest.mark.parametrize("where", ["replace", "write", "append"])
 def test_a_full_disk_ends_the_run_and_loses_nothing(cleaning: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     cleaning.run(out="reference")
     with monkeypatch.context() as patch:
         if where == "replace":
             patch.setattr(finish.os, "replace", Full(os.replace, 5))
-        elif where == "save":
-            save = Full(Image.Image.save, 4)
-            patch.setattr(Image.Image, "save", lambda *args, **more: save(*args, **more))
+        elif where == "write":
+            write = Full(Path.write_bytes, 4)
+            patch.setattr(Path, "write_bytes", lambda *args: write(*args))
         else:
             opened = manifest.Writer.__init__
 

@@ -160,8 +160,7 @@ def test_what_a_run_leaves(settings: TrainSettings) -> None:
     assert float(row["learning_rate"]) == pytest.approx(1e-3 / 2, abs=1e-6)
     model = native.load(settings.out / "model.safetensors")
     assert model.config == TINY["tiny-32"]
-    assert model.notes["steps"] == 6
-    assert model.notes["settings"]["batch_size"] == 4
+    assert (model.notes["steps"], model.notes["settings"]["batch_size"]) == (6, 4)
     assert model.notes["settings"]["data"] == "faces"  # a model file tells nobody where its maker's files lay
     assert str(settings.out.parent) not in str(model.notes)
     averaged = _state(settings)["ema"]
@@ -199,7 +198,7 @@ def test_lines_of_steps_that_are_made_again_leave_the_log(
 
 
 def test_changed_pictures_are_seen(settings: TrainSettings) -> None:
-    Trainer(settings).run(budget_minutes=1e-9)
+    Trainer(settings).run(1e-9)
     moved = replace(settings, data=shutil.copytree(settings.data, settings.data.with_name("moved")))
     Trainer(moved)  # the same pictures elsewhere
     Image.new("RGB", (48, 48)).save(moved.data / "1.png")

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="instead of --steps, as guided-diffusion writes it: ddim250, 250 or 10,15,20",
     )
-    p.add_argument("--sampler", choices=list(SOLVERS), help="solver (default: the model's)")
+    p.add_argument(
+        "--sampler", choices=list(SOLVERS), metavar="NAME", help=f"{', '.join(SOLVERS)} (default: the model's)"
+    )  # fmt: skip
     p.add_argument(
         "--corrector-steps", type=int, default=0, metavar="N",
         help="Langevin steps of the score SDE at each noise level, one network evaluation each (default: none)",

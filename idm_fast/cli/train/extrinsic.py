@@ -81,7 +81,7 @@ def _add_cleaning(t: argparse.ArgumentParser) -> None:
     d = _DEFAULTS.clean
     clean = t.add_argument_group("cleaning", "how targets are enhanced, and how far from the original one may go")
     clean.add_argument("--clean-steps", type=int, default=d.steps, help="sampling steps (default: %(default)s)")
-    clean.add_argument("--clean-sampler", choices=list(SOLVERS), help="default: the model's own")
+    clean.add_argument("--clean-sampler", choices=list(SOLVERS), metavar="NAME", help="default: the model's own")
     clean.add_argument("--clean-strength", type=float, help="in (0, 1]: below 1 the walk starts nearer to the original")
     clean.add_argument("--clean-blend", type=float, default=d.blend, help="share of the enhanced (default: 1)")
     add_bounds(clean, "--clean-", d.max_identity_distance, d.max_low_frequency)
