@@ -26,12 +26,30 @@ Prediction = Literal["eps", "v", "x0"]
 Variance = Literal["small", "large", "learned"]
 
 # Far above any real network; they keep a damaged or hostile file from asking for an endless one.
-_MOST_LEVELS, _MOST_BLOCKS, _MOST_TRAIN_STEPS, _LARGEST_SIDE = 10, 64, 1_000_000, 1 << 16
+_MOST_LEVELS, _MOST_BLOCKS, _MOST_MULT, _MOST_TRAIN_STEPS, _LARGEST_SIDE = 10, 64, 1 << 14, 1_000_000, 1 << 16
 
 
 def _at_least(config: object, name: str, least: int) -> None:
     if getattr(config, name) < least:
         raise IdmFastError(f"{name} must be >= {least}, got {getattr(config, name)}")
+
+
+def check_levels(
+    channel_mult: tuple[int, ...], num_res_blocks: tuple[int, ...], attention_levels: tuple[int, ...], most: int
+) -> None:
+    """Raises ``IdmFastError`` unless the three describe the same 1 to ``most`` levels of a network."""
+    levels = len(channel_mult)
+    if not 1 <= levels <= most or not all(1 <= mult <= _MOST_MULT for mult in channel_mult):
+        raise IdmFastError(
+            f"channel_mult must be 1 to {most} whole numbers from 1 up to {_MOST_MULT}, got {list(channel_mult)}"
+        )
+    if len(num_res_blocks) != levels or not all(1 <= n <= _MOST_BLOCKS for n in num_res_blocks):
+        raise IdmFastError(
+            f"num_res_blocks must have one entry in 1..{_MOST_BLOCKS} per level of channel_mult = {levels} "
+            f"entries, got {list(num_res_blocks)}"
+        )
+    if wrong := [level for level in attention_levels if not 0 <= level < levels]:
+        raise IdmFastError(f"attention_levels must lie in 0..{levels - 1}, got {wrong}")
 
 
 @dataclass(frozen=True)
@@ -88,19 +106,7 @@ class UNetConfig:
         for name in ("cond_channels", "num_head_channels", "embed_channels", "num_classes", "time_channels"):
             _at_least(self, name, 0)
         _at_least(self, "norm_groups", 1)
-        levels = len(self.channel_mult)
-        if not 1 <= levels <= _MOST_LEVELS or min(self.channel_mult) < 1:
-            raise IdmFastError(
-                f"channel_mult must be 1 to {_MOST_LEVELS} whole numbers from 1 up, got {self.channel_mult}"
-            )
-        if len(self.num_res_blocks) != levels or not all(1 <= n <= _MOST_BLOCKS for n in self.num_res_blocks):
-            raise IdmFastError(
-                f"num_res_blocks must have one entry in 1..{_MOST_BLOCKS} per level of channel_mult = {levels} "
-                f"entries, got {self.num_res_blocks}"
-            )
-        wrong = [level for level in self.attention_levels if not 0 <= level < levels]
-        if wrong:
-            raise IdmFastError(f"attention_levels must lie in 0..{levels - 1}, got {wrong}")
+        check_levels(self.channel_mult, self.num_res_blocks, self.attention_levels, _MOST_LEVELS)
         if self.time_width % 2 or self.time_width <= 2 * self.freq_shift:
             name = "time_channels" if self.time_channels else "model_channels"
             raise IdmFastError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from idm_fast.config import QkvOrder
+from idm_fast.config import QkvOrder, check_levels
 from idm_fast.errors import IdmFastError
 
 # Far above any real network; they keep a damaged or hostile file from asking for an endless one.
-_MOST_LEVELS, _MOST_BLOCKS, _MOST_CHANNELS, _MOST_CODES = 8, 64, 1 << 14, 1 << 22
+_MOST_LEVELS, _MOST_CHANNELS, _MOST_CODES = 8, 1 << 14, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,7 @@ class VqganConfig:
                 raise IdmFastError(f"{name} must lie in 1..{limit}, got {value}")
         if not 0 <= self.stem_channels <= _MOST_CHANNELS:
             raise IdmFastError(f"stem_channels must lie in 0..{_MOST_CHANNELS}, got {self.stem_channels}")
-        levels = len(self.channel_mult)
-        if not 1 <= levels <= _MOST_LEVELS or not all(1 <= mult <= _MOST_CHANNELS for mult in self.channel_mult):
-            raise IdmFastError(
-                f"channel_mult must be 1 to {_MOST_LEVELS} whole numbers >= 1, got {list(self.channel_mult)}"
-            )
-        if len(self.num_res_blocks) != levels or not all(1 <= n <= _MOST_BLOCKS for n in self.num_res_blocks):
-            raise IdmFastError(
-                f"num_res_blocks must have one entry in 1..{_MOST_BLOCKS} per level of channel_mult = {levels} "
-                f"entries, got {list(self.num_res_blocks)}"
-            )
-        wrong = [level for level in self.attention_levels if not 0 <= level < levels]
-        if wrong:
-            raise IdmFastError(f"attention_levels must lie in 0..{levels - 1}, got {wrong}")
+        check_levels(self.channel_mult, self.num_res_blocks, self.attention_levels, _MOST_LEVELS)
         if self.image_size % self.size_multiple:
             raise IdmFastError(f"image_size must be a multiple of {self.size_multiple}, got {self.image_size}")
         if not self.norm_eps > 0 or not 0 <= self.dropout < 1 or not 0 < self.latent_scale < float("inf"):

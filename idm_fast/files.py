@@ -12,6 +12,8 @@ from typing import IO
 
 from idm_fast.errors import IdmFastError
 
+_TOKEN = 8  # characters that tell one writer's temporary file from another's
+
 
 @contextmanager
 def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
@@ -29,7 +31,7 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
         # In the same folder, because a rename is atomic only within one file system.
         # Named before it is made: a signal between the two finds nothing, or what it removes.
-        temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}{path.suffix}")
+        temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(_TOKEN // 2)}{path.suffix}")
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield temporary
         temporary.chmod(_mode(path))
@@ -44,7 +46,7 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
 
 def clear_unfinished(path: Path) -> None:
     """Removes what killed writers of ``path`` left beside it; to be called where no other can be writing there."""
-    for left in path.parent.glob(f".{glob.escape(path.stem[:40])}.????????{glob.escape(path.suffix)}"):
+    for left in path.parent.glob(f".{glob.escape(path.stem[:40])}.{'?' * _TOKEN}{glob.escape(path.suffix)}"):
         with suppress(OSError):
             left.unlink()
 

@@ -69,6 +69,25 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def made_up_faces(tmp_path: Path) -> Callable[..., Path]:
+    """Writes ``train`` and then ``val`` coarse patterns of ``side`` pixels, their table and the folder of both."""
+
+    def write(train: int, val: int, side: int, native_px: Callable[[int], int] = lambda i: 200) -> Path:
+        folder = tmp_path / "faces"
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        rows = ["file,split,native_px"]
+        for i in range(train + val):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+            rows.append(f"{i}.png,{'train' if i < train else 'val'},{native_px(i)}")
+        (folder / "faces.csv").write_text("\n".join(rows) + "\n")
+        return folder
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights file of a 32-px restorer that has learnt nothing and is fast: for what is not about the result."""

@@ -150,6 +150,8 @@ def test_lossy_options_say_what_they_cost(tiny_model: Path, faces: Path, tmp_pat
     assert run(*aligned, tmp_path / "lossy.png", "--cache-every", "2") == 0
     assert "--cache-every 2 is lossy: 50 to 55 dB PSNR to the exact walk at every 2nd" in capsys.readouterr().err
     assert (tmp_path / "lossy.png").read_bytes() != (tmp_path / "exact.png").read_bytes()
+    assert run(*aligned, tmp_path / "1.png", "--steps", "1", "--cache-every", "2") == 0
+    assert "changes nothing where the network runs once" in capsys.readouterr().err
     for more, said in (
         (["--cache-every", "0"], "cache_every must be a whole number >= 1, got 0"),
         (["--cache-every", "2", "--no-engine"], "cache_every must be 1 without the engine, got 2"),
@@ -335,8 +337,7 @@ def test_inputs_become_jobs(faces: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(faces / "out" / "b.jpg")
     assert len(collect([str(faces)], faces / "out")) == 3
     Image.new("RGB", (8, 8)).save(faces / "a.jpg")
-    sheets = [j.sheet.name for j in collect([str(faces / "a.*")], out)]
-    assert sheets == ["a.compare.png", "a.png.compare.png"]
+    assert [j.sheet.name for j in collect([str(faces / "a.*")], out)] == ["a.compare.png", "a.png.compare.png"]
     with pytest.raises(IdmFastError, match="its own"):
         collect([str(faces)], out, "", "png")
     with pytest.raises(IdmFastError, match="input itself"):
@@ -346,8 +347,7 @@ def test_inputs_become_jobs(faces: Path, tmp_path: Path) -> None:
 def test_info_describes_a_model(tiny_model: Path, capsys: Captured) -> None:
     assert main(["info", str(tiny_model), "--json"]) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]
-    assert model["config"]["name"] == "tiny"
-    assert model["bytes"] == tiny_model.stat().st_size
+    assert (model["config"]["name"], model["bytes"]) == ("tiny", tiny_model.stat().st_size)
 
 
 def test_every_verb_explains_itself(capsys: Captured) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from idm_fast import checkpoints
@@ -254,8 +256,6 @@ def test_a_public_prior_restores_a_picture(tmp_path: Path, prior_file: Path) -> 
     assert (result.steps, result.faces[0].model, result.image.shape) == (4, "prior", (48, 48, 3))
     assert np.abs(result.image.astype(int) - face).max() > 0
     source, target = tmp_path / "face.png", tmp_path / "out.png"
-    from PIL import Image
-
     Image.fromarray(face).save(source)
     command = [
         "restore",
@@ -271,6 +271,23 @@ def test_a_public_prior_restores_a_picture(tmp_path: Path, prior_file: Path) -> 
     options = ["--estimator", "bicubic", "--start-index", "4", "--seed", "3", "--device", "cpu", "--dtype", "fp32"]
     assert main([*command, *options]) == 0
     assert np.array_equal(read_image(target).to_array(8), result.image)
+
+
+def test_a_public_prior_is_judged(tmp_path: Path, prior_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "faces").mkdir()
+    Image.fromarray((np.random.default_rng(0).random((32, 32, 3)) * 255).astype(np.uint8)).save(
+        tmp_path / "faces/a.png"
+    )
+    options = ["--size", "32", "--levels", "mild", "--metrics", "psnr", "--no-baseline", "--dtype", "fp32"]
+    command = ["eval", "--data", str(tmp_path / "faces"), "--model", str(prior_file), "--device", "cpu", *options]
+    found = tmp_path / "found.json"
+    how = ["--method", "difface", "--estimator", "bicubic", "--start-index", "3", "--json", str(found)]
+    assert main([*command, *how]) == 0
+    report = json.loads(found.read_text())
+    assert [(row["name"], row["steps"]) for row in report["rows"]][-1] == ("prior", 3)
+    assert report["conditions"]["settings"]["estimator"] == "bicubic"
+    assert main([*command, "--start-index", "3"]) == 2
+    assert "--start-index must come with --method difface" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -319,8 +336,6 @@ def test_a_diffusers_folder(tmp_path: Path) -> None:
     [("difface_small", "difface", 64), ("guided_superres", "conditional", 32), ("sr3_small", "conditional", 32)],
 )
 def test_shared_checkpoints_restore_without_conversion(name: str, method: str, side: int, shared_data: Path) -> None:
-    import json
-
     folder = shared_data / "checkpoints" / name
     settings = {key: value for key, value in json.loads((folder / "settings.json").read_text()).items() if key != "t"}
     how = Method(method, "bicubic", 3)

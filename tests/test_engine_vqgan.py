@@ -155,6 +155,9 @@ def test_what_it_refuses() -> None:
     for shape in ((1, 18, 15), (0, 16, 16)):
         with pytest.raises(IdmFastError, match="H and W multiples of 2, got"):
             AutoencoderEngine.compile(module, shape)
+    for dtype in ("int8", "fp8"):  # and no advice about a device that would take it
+        with pytest.raises(IdmFastError, match=f"^dtype must be fp32, bf16 or fp16 for an autoencoder, got {dtype}$"):
+            AutoencoderEngine.compile(module, SHAPE, dtype=dtype)
     with pytest.raises(IdmFastError, match="cache_every must be 1, got 2"):
         AutoencoderEngine.compile(module, SHAPE, options=EngineOptions(cache_every=2))
     with pytest.raises(IdmFastError, match="xformers"):

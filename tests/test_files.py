@@ -55,3 +55,13 @@ def test_a_signal_at_any_moment_leaves_nothing_behind(before: str | None, tmp_pa
             break
     assert texts == {before, "new"}
     assert at > 50
+
+
+def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
+    path, other = tmp_path / "state.pt", tmp_path / "state.old.pt"
+    with files.atomic(path) as temporary:
+        pass
+    temporary.touch()  # a name that ``atomic`` itself has given
+    other.touch()
+    files.clear_unfinished(path)
+    assert sorted(tmp_path.iterdir()) == [other, path]

@@ -14,7 +14,15 @@ import pytest
 from PIL import Image, ImageCms
 
 from idm_fast.errors import IdmFastError
-from idm_fast.images import copy_file, image_size, picture_from_array, picture_from_pil, read_image, write_image
+from idm_fast.images import (
+    copy_file,
+    encode_image,
+    image_size,
+    picture_from_array,
+    picture_from_pil,
+    read_image,
+    write_image,
+)
 from idm_fast.images.limits import MAX_SIDE
 
 RNG = np.random.default_rng(5)
@@ -62,6 +70,17 @@ def test_interlaced_16_bit_png(tmp_path: Path) -> None:
     expected = read_image(path).to_array()
     path.write_bytes(bytes(data))
     np.testing.assert_array_equal(read_image(path).to_array(), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (9, 7), (9, 7, 2), (40, 33, 3), (5, 6, 4), (700, 600, 3)])
+def test_quick_png_loses_nothing(shape: tuple[int, ...]) -> None:
+    """Of noise and of a smooth picture, so that every filter is the best of some row; the last in two strips."""
+    ramp = np.indices(shape[:2]).sum(0) % 256
+    smooth = ramp if len(shape) == 2 else np.repeat(ramp[..., None], shape[2], 2)
+    half = np.arange(shape[0])[:, None] % 3 == 0 if len(shape) == 2 else np.arange(shape[0])[:, None, None] % 3 == 0
+    samples = np.where(half, noise(*shape), smooth.astype(np.uint8))
+    packed = encode_image(picture_from_array(samples), "x.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(packed))), samples)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

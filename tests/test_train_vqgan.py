@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,18 +46,9 @@ def _tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> VqganSettings:
+def settings(tmp_path: Path, made_up_faces: Callable[..., Path]) -> VqganSettings:
     """A run of six steps on five made-up faces."""
-    data = tmp_path / "faces"
-    data.mkdir()
-    rng = np.random.default_rng(0)
-    with (data / "faces.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "split", "native_px"])
-        for i in range(7):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            coarse.resize((48, 48), Image.Resampling.BICUBIC).save(data / f"{i}.png")
-            writer.writerow([f"{i}.png", "train" if i < 5 else "val", 200])
+    data = made_up_faces(5, 2, 48)
     return VqganSettings(
         data, tmp_path / "run", preset=TINY.name, steps=6, batch_size=4, warmup=2, save_every=2, sheet_every=100,
         precision="fp32", codebook_lead=2, revive_every=3, degraded=0.25, loss=PLAIN,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,21 +49,12 @@ def _tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> TrainSettings:
+def settings(tmp_path: Path, made_up_faces: Callable[..., Path]) -> TrainSettings:
     """A run of six steps on five made-up faces.
 
     A quarter each of pure noise and rollout: whole items for a batch of 4 and of 8, which one test compares.
     """
-    data = tmp_path / "faces"
-    data.mkdir()
-    rng = np.random.default_rng(0)
-    with (data / "faces.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "split", "native_px"])
-        for i in range(7):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            coarse.resize((48, 48), Image.Resampling.BICUBIC).save(data / f"{i}.png")
-            writer.writerow([f"{i}.png", "train" if i < 5 else "val", 200])
+    data = made_up_faces(5, 2, 48)
     return TrainSettings(
         data, tmp_path / "run", preset="tiny-32", steps=6, batch_size=4, learning_rate=1e-3, warmup=2, save_every=2,
         sheet_every=100, precision="fp32", loss=PLAIN, pure_noise=0.25, rollout=0.25,
@@ -168,8 +160,7 @@ def test_what_a_run_leaves(settings: TrainSettings) -> None:
     assert float(row["learning_rate"]) == pytest.approx(1e-3 / 2, abs=1e-6)
     model = native.load(settings.out / "model.safetensors")
     assert model.config == TINY["tiny-32"]
-    assert model.notes["steps"] == 6
-    assert model.notes["settings"]["batch_size"] == 4
+    assert (model.notes["steps"], model.notes["settings"]["batch_size"]) == (6, 4)
     assert model.notes["settings"]["data"] == "faces"  # a model file tells nobody where its maker's files lay
     assert str(settings.out.parent) not in str(model.notes)
     averaged = _state(settings)["ema"]
@@ -204,6 +195,15 @@ def test_lines_of_steps_that_are_made_again_leave_the_log(
             Trainer(settings).run()
     Trainer(settings).run()
     assert [row["step"] for row in _rows(settings)] == ["6"]
+
+
+def test_changed_pictures_are_seen(settings: TrainSettings) -> None:
+    Trainer(settings).run(1e-9)
+    moved = replace(settings, data=shutil.copytree(settings.data, settings.data.with_name("moved")))
+    Trainer(moved)  # the same pictures elsewhere
+    Image.new("RGB", (48, 48)).save(moved.data / "1.png")
+    with pytest.raises(IdmFastError, match=r"state.pt: belongs to a run with bytes = \d+, \w+ \(now \d+, \w+\)"):
+        Trainer(moved)
 
 
 def test_other_settings_are_named(settings: TrainSettings) -> None:

@@ -11,6 +11,7 @@ from idm_fast.bench import plot
 from idm_fast.bench.profile import Call, Profile, by_op
 from idm_fast.bench.roofline import Ceilings
 from idm_fast.bench.text import markdown
+from idm_fast.files import atomic
 
 CALLS = ("layer", "op", "backend", "us", "share", "MFLOP", "KB", "GFLOP/s", "of roof", "bound")
 GROUPS = ("op", "backend", "launches", "us", "share", "GFLOP", "MB", "GFLOP/s", "GB/s", "of roof")
@@ -36,7 +37,8 @@ def write_json(path: Path, profile: Profile, ceilings: Ceilings, about: dict[str
         "launches": profile.launches, "outside_of_calls": profile.between,
         "calls": [call.as_json(ceilings) for call in profile.calls],
     }  # fmt: skip
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def write_trace(path: Path, profile: Profile) -> None:
@@ -50,7 +52,8 @@ def write_trace(path: Path, profile: Profile) -> None:
              "pid": 0, "tid": 0, "args": about}
         )  # fmt: skip
         at += 1e6 * call.seconds
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
 def write_roofline(path: Path, profile: Profile, ceilings: Ceilings, title: str) -> None:
@@ -60,7 +63,8 @@ def write_roofline(path: Path, profile: Profile, ceilings: Ceilings, title: str)
         if call.flops and call.bytes:
             points.setdefault(call.op, []).append((call.flops / call.bytes, call.flops / call.seconds))
     fastest = max(ceilings.flops_per_s[dtype] for dtype in {call.compute for call in profile.calls})
-    plot.roofline(path, points, fastest, ceilings.bytes_per_s, title)
+    with atomic(path) as temporary:
+        plot.roofline(temporary, points, fastest, ceilings.bytes_per_s, title)
 
 
 def _call_line(call: Call, whole: float, ceilings: Ceilings) -> list[str]:

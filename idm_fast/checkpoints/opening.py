@@ -93,7 +93,10 @@ def open_foreign(
         )
         reading = chosen.read(source, answers, averaged)
         if averaged and not reading.averaged:
-            raise IdmFastError(f"{path}: must hold averaged (EMA) weights apart, got only one kind")
+            raise IdmFastError(
+                f"{path}: averaged (EMA) weights were asked for and must lie beside the raw ones, "
+                f"got a file of format {chosen.name} with one kind of weights; leave --ema out to take those"
+            )
     except IdmFastError as error:
         raise error if str(path) in str(error) else IdmFastError(f"{path}: {error}") from None
     return Opened(source, chosen, reading, answers)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from idm_fast.clean.folder import parts_folder
-from idm_fast.clean.listing import Task
+from idm_fast.clean.listing import Task, content_digest
 from idm_fast.clean.manifest import DiskError, Record
 from idm_fast.clean.measure import Identity, estimates, look
 from idm_fast.clean.rule import Verdict, judge
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.pipeline import paste_faces
 from idm_fast.faces.sharpness import FloatArray
-from idm_fast.images import Picture, write_image
+from idm_fast.images import encode_image
 
 if TYPE_CHECKING:
     from idm_fast.clean.work import Setup, Work
@@ -95,12 +95,11 @@ class Finisher:
                 pixels = self._paste(work, [self.options.blend * share for share in shares])
             result = "kept" if min(shares) == 1.0 else "blended"
             try:
-                written = place(self.setup.out, work.task.output, work.picture.with_pixels(pixels))
-            except DiskError:
-                raise
+                data = encode_image(work.picture.with_pixels(pixels), work.task.output)
             except IdmFastError as error:  # the format cannot hold it
                 return failed(work.task, str(error))
-            record = _record(work.task, result, output=work.task.output, output_bytes=written)
+            written = place(self.setup.out, work.task.output, data)
+            record = _record(work.task, result, digest=work.digest, output=work.task.output, output_bytes=written)
         record["faces"] = [
             self._face(work, k, verdict, pixels) for k, verdict in enumerate(verdicts)
         ]  # after the write, which may fail
@@ -131,9 +130,8 @@ class Finisher:
             data = source.read_bytes()
         except OSError as error:
             return failed(task, f"{source}: must be readable, got {error.strerror or error}")
-        return _record(
-            task, "copied", output=task.name, output_bytes=place(self.setup.out, task.name, data), reason=why
-        )
+        written = place(self.setup.out, task.name, data)
+        return _record(task, "copied", digest=content_digest(data), output=task.name, output_bytes=written, reason=why)
 
 
 def failed(task: Task, why: str) -> Record:
@@ -144,46 +142,40 @@ def repeated(setup: Setup, task: Task, first: str, result: str, output: str | No
     """The record of a picture with the bytes of ``first``, after a copy of what became of that one."""
     if output is None:
         return failed(task, f"{setup.source / task.name}: has the bytes of {first}, which failed")
+    original, made = setup.source / task.name, setup.out / output
     try:
-        data = (setup.out / output).read_bytes()
+        digest, data = content_digest(original.read_bytes()), made.read_bytes()
     except OSError as error:
-        return failed(task, f"{setup.out / output}: must be readable, got {error.strerror or error}")
+        return failed(task, f"{error.filename}: must be readable, got {error.strerror or error}")
     mine = task.name if output == first else task.output
+    written = place(setup.out, mine, data)
     return _record(
-        task, "duplicate", output=mine, output_bytes=place(setup.out, mine, data), duplicate_of=first, first=result
+        task, "duplicate", digest=digest, output=mine, output_bytes=written, duplicate_of=first, first=result
     )
 
 
-def place(out: Path, output: str, content: Picture | bytes) -> int:
-    """Puts a picture or the bytes of a file at its place ``output`` below ``out``, whole; returns its length.
+def place(out: Path, output: str, data: bytes) -> int:
+    """Puts the bytes of a file at its place ``output`` below ``out``, whole; returns their number.
 
     It is made in the folder for unfinished files, so that a kill leaves nothing torn among the pictures. Raises
-    ``DiskError`` where it cannot be written, and ``IdmFastError`` where the format cannot hold the picture.
+    ``DiskError`` where it cannot be written.
     """
     target = out / output
     part = parts_folder(out) / f"{os.getpid()}-{next(_numbers)}{PurePosixPath(output).suffix}"
     try:
-        if isinstance(content, Picture):
-            write_image(content, part, quick=True)
-        else:
-            part.write_bytes(content)
-        written = part.stat().st_size
+        part.write_bytes(data)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, target)
     except OSError as error:
-        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from None
-    except IdmFastError as error:
-        if isinstance(cause := error.__context__, OSError):
-            raise DiskError(f"{target}: cannot be written: {cause.strerror or cause}") from None
-        raise
-    finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-    return written
+        raise DiskError(f"{target}: cannot be written: {error.strerror or error}") from None
+    return len(data)
 
 
 def _record(task: Task, result: str, **more: Any) -> Record:
-    return {"file": task.name, "result": result, "asked": task.asked, "bytes": task.length} | more
+    about = {"asked": task.asked, "bytes": task.length, "mtime_ns": task.mtime_ns}
+    return {"file": task.name, "result": result} | about | more
 
 
 def _rounded(value: float | None) -> float | None:

@@ -24,13 +24,14 @@ _NEEDED = ("file", "split")
 @dataclass(frozen=True)
 class Task:
     """One picture: its place ``name`` below the source, the place ``output`` of a restored one below the output folder,
-    whether to ``restore`` it (else it is copied), its length in bytes (-1: cannot be asked), and the picture whose
-    bytes it repeats, which is done in its stead."""
+    whether to ``restore`` it (else it is copied), its length in bytes (-1: cannot be asked) and when it was last
+    written (``mtime_ns``), and the picture whose bytes it repeats, which is done in its stead."""
 
     name: str
     output: str
     restore: bool = True
     length: int = 0
+    mtime_ns: int = 0
     duplicate_of: str | None = None
 
     @property
@@ -80,7 +81,7 @@ def list_pictures(source: Path, aligned: bool | None, ext: str | None, limit: in
     names = list(splits)[:limit]
     outputs = _outputs(source, names, ext)
     tasks = [
-        Task(name, outputs[name] if splits[name] == "train" else name, splits[name] == "train", _length(source / name))
+        Task(name, outputs[name] if splits[name] == "train" else name, splits[name] == "train", *_state(source / name))
         for name in names
     ]
     return Listing(tasks, aligned, why, columns, rows)
@@ -126,11 +127,18 @@ def _digest(path: Path, tail: int | None = None) -> bytes | None:
         return None
 
 
-def _length(path: Path) -> int:
+def content_digest(data: bytes) -> str:
+    """Of a picture's file, as the manifest keeps it: enough to tell whether it changed."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """(bytes, time of the last change in ns) of a file; (-1, 0) where it cannot be asked."""
     try:
-        return path.stat().st_size
+        state = path.stat()
     except OSError:
-        return -1
+        return -1, 0
+    return state.st_size, state.st_mtime_ns
 
 
 def _read_table(table: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -13,12 +13,11 @@ from idm_fast.crops import CropRestorer
 from idm_fast.engine.precision import default_dtype
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.align import WHOLE, AlignedFace, crop_face
-from idm_fast.faces.sharpness import FloatArray, grain, sharpness
+from idm_fast.faces.sharpness import FloatArray, face_luma, grain, sharpness
 from idm_fast.models.recognition import Recognition, crop_chip
 
 _BANDS = 16  # thumbnail in which low frequencies are compared; a paste holds those of an 8 x 8 one fixed
 _LOOK_PX = 224  # crop in which a face of a photograph is looked at: dlib's chip of 150 pixels is 0.676 of it
-_INNER = 0.62  # side of the square in which sharpness is measured, as a fraction of the crop's: forehead to chin
 
 
 def low_frequency(before: Tensor, after: Tensor) -> float:
@@ -41,11 +40,8 @@ def look(pixels: FloatArray, face: AlignedFace) -> Tensor:
 
 def estimates(pixels: FloatArray, face: AlignedFace) -> tuple[float, float]:
     """(sharpness, noise) of the face, both 0..1: see ``faces.sharpness.sharpness`` and ``grain``."""
-    (x, y), half = face.corners.mean(axis=0), face.native_px * _INNER / 2
-    height, width = pixels.shape[:2]
-    rows = slice(max(0, round(y - half)), min(height, round(y + half)))
-    columns = slice(max(0, round(x - half)), min(width, round(x + half)))
-    return sharpness(pixels[rows, columns]), grain(pixels, face)
+    luma = face_luma(pixels, face)
+    return sharpness(luma), grain(luma)
 
 
 class Identity:
@@ -62,15 +58,15 @@ class Identity:
             raise IdmFastError(f"{error}; or leave the identity rule out: --max-identity-distance none") from None
         self.device, self.dtype = device, default_dtype(device)
         self.network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for part in (network.stem, network.blocks):  # the projection stays exact
+            part.to(self.dtype)
 
     @torch.inference_mode()
     def embed(self, crops: Sequence[Tensor]) -> Tensor:
         """Embeddings [N, 128] float32, on the CPU, of crops [3, S, S] in [-1, 1]; sizes may differ."""
         chips = torch.cat([crop_chip(crop[None].to(self.device)) for crop in crops])
-        chips = chips.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            found: Tensor = self.network(chips)
-        return found.float().cpu()
+        found: Tensor = self.network(chips.contiguous(memory_format=torch.channels_last))
+        return found.cpu()
 
 
 def device_of(models: Sequence[CropRestorer]) -> torch.device:

@@ -52,7 +52,7 @@ class CleanOptions:
     blend: float = 1.0
     aligned: bool | None = None
     ext: str | None = None
-    batch_size: int = 8
+    batch_size: int = 16
     device: str | None = None
     dtype: str | None = None
     limit: int | None = None

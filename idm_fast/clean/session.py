@@ -11,7 +11,7 @@ from pathlib import Path
 from idm_fast.clean import manifest
 from idm_fast.clean.finish import repeated
 from idm_fast.clean.folder import FACES_CSV, MANIFEST, check_apart, check_places, model_files, opened
-from idm_fast.clean.listing import Listing, Task, list_pictures, with_duplicates
+from idm_fast.clean.listing import Listing, Task, content_digest, list_pictures, with_duplicates
 from idm_fast.clean.manifest import Record
 from idm_fast.clean.options import CleanOptions, CleanSummary
 from idm_fast.clean.pool import run_workers
@@ -130,6 +130,13 @@ class _Run:
             return False
         if task is not None and (record.get("bytes"), record.get("asked")) != (task.length, task.asked):
             return False
+        if task is not None and record.get("mtime_ns", task.mtime_ns) != task.mtime_ns:
+            # Written since, or a copy of the whole folder: only then is it read.
+            try:
+                if content_digest((self.setup.source / task.name).read_bytes()) != record.get("digest"):
+                    return False
+            except OSError:
+                return False
         try:
             return (self.setup.out / str(record["output"])).stat().st_size == int(record["output_bytes"])
         except OSError:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from idm_fast import registry
 from idm_fast.clean.finish import Finished, Finisher
-from idm_fast.clean.listing import Task
+from idm_fast.clean.listing import Task, content_digest
 from idm_fast.clean.manifest import Record
 from idm_fast.clean.measure import Identity, device_of
 from idm_fast.clean.options import CleanOptions
@@ -56,6 +56,7 @@ class Work:
     crops: list[Tensor] = field(default_factory=list)
     restored: list[Tensor | None] = field(default_factory=list)
     pixels: int = 0
+    digest: str = ""  # of the file that was read
     error: str | None = None
 
     @property
@@ -166,6 +167,7 @@ class Cleaner:
         if not task.restore:
             return work
         try:
+            work.digest = content_digest((self.setup.source / task.name).read_bytes())
             picture = read_image(self.setup.source / task.name)
             faces = [whole_picture(picture)] if self.detector is None else find_faces(picture, self.detector)
             work.models = [registry.choose(self.models, face.native_px) for face in faces]

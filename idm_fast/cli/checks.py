@@ -32,3 +32,17 @@ def number_or_none(text: str) -> float | None:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or none, got {text!r}") from None
+
+
+def add_bounds(
+    parser: argparse._ActionsContainer, prefix: str, identity_distance: float | None, low_frequency: float | None
+) -> None:
+    """The cleaner's two bounds as options that begin with ``prefix``, with their defaults."""
+    parser.add_argument(
+        f"{prefix}max-identity-distance", type=number_or_none, default=identity_distance, metavar="D",
+        help="recognition distance to the original, or 'none' to go without recognition (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        f"{prefix}max-low-frequency", type=number_or_none, default=low_frequency, metavar="D",
+        help="difference of 16 x 16 thumbnails, 0..1, or 'none' (default: %(default)s)",
+    )  # fmt: skip

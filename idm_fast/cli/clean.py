@@ -15,7 +15,7 @@ from tqdm import tqdm
 from idm_fast.clean.manifest import DiskError
 from idm_fast.clean.options import CleanOptions, CleanSummary
 from idm_fast.clean.session import clean
-from idm_fast.cli.checks import number_or_none
+from idm_fast.cli.checks import add_bounds
 from idm_fast.diffusion import SOLVERS
 from idm_fast.errors import IdmFastError
 from idm_fast.registry import DEFAULT_MODEL, FAMILIES, shipped
@@ -65,14 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=d.seed, help="the noise; each picture draws its own (default: 0)")
 
     p = parser.add_argument_group("rule")
-    p.add_argument(
-        "--max-identity-distance", type=number_or_none, default=d.max_identity_distance, metavar="D",
-        help="recognition distance to the original, or 'none' to go without recognition (default: %(default)s)",
-    )  # fmt: skip
-    p.add_argument(
-        "--max-low-frequency", type=number_or_none, default=d.max_low_frequency, metavar="D",
-        help="difference of 16 x 16 thumbnails, 0..1, or 'none' (default: %(default)s)",
-    )  # fmt: skip
+    add_bounds(p, "--", d.max_identity_distance, d.max_low_frequency)
     p.add_argument(
         "--blend", type=float, default=d.blend, help="how much of a restored face is taken, 0..1 (default: 1)"
     )

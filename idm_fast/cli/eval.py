@@ -26,7 +26,7 @@ from idm_fast.evaluation.pictures import PictureSet, check_headers, fingerprint,
 from idm_fast.evaluation.plots import draw
 from idm_fast.evaluation.report import Report, Subject, evaluate
 from idm_fast.files import atomic
-from idm_fast.registry import Target, find_files, load_models
+from idm_fast.registry import ESTIMATORS, METHODS, Method, Target, find_files, load_models
 from idm_fast.training.data import FaceFile, list_faces
 from idm_fast.training.degradation import DEGRADATION_VERSION, LEVELS
 
@@ -73,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eta", type=float, help="randomness of ddim, dpmpp_2m_sde and euler_maruyama, 0..1 (default: the solver's)"
     )
     p.add_argument("--strength", type=float, help="below 1: start from the noised input (default: the model's)")
+    p.add_argument("--method", choices=METHODS, default="conditional", help="difface: for unconditional models")
+    p.add_argument("--estimator", metavar="NAME|FILE", help="of difface: what it begins with (see idm-fast restore)")
+    p.add_argument("--start-index", type=int, metavar="N", help="of difface: see idm-fast restore")
     p.add_argument("--levels", nargs="+", choices=list(LEVELS), help="of degradation (default: all)")
     p.add_argument("--no-baseline", action="store_true", help="leave out the denoise + sharpen rows")
     p = parser.add_argument_group("pictures")
@@ -161,6 +164,9 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("steps", "sampler", "eta", "strength", "dtype"):
             if getattr(args, name) is not None:
                 raise IdmFastError(f"--{name} is of restorers and must come with --model, got none")
+    for name in ("estimator", "start_index"):
+        if args.method != "difface" and getattr(args, name) is not None:
+            raise IdmFastError(f"--{name.replace('_', '-')} must come with --method difface, got {args.method}")
     chosen = list(args.metrics or METRICS)
     if ("fid" in chosen) and not args.fid:
         raise IdmFastError(f"--metrics: fid needs --fid with one of {', '.join(LIBRARIES)}, got none")
@@ -190,7 +196,7 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
         subjects.append(Subject("denoise + sharpen", lambda y, seeds: denoise_and_sharpen(y)))
     taken: set[str] = set()
     for name in dict.fromkeys(args.model):
-        models = load_models(name, Target(args.device, args.dtype))
+        models = load_models(name, Target(args.device, args.dtype), _method(args))
         fitting = [model for model in models if model.size == args.size]
         if not fitting:
             raise IdmFastError(f"{name}: --size must be one of {sorted(m.size for m in models)}, got {args.size}")
@@ -210,6 +216,11 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
 
                 subjects.append(Subject(shown, restore, model.steps(asked), full.sampler, evaluations))
     return subjects
+
+
+def _method(args: argparse.Namespace) -> Method:
+    given = {"estimator": args.estimator, "start_index": args.start_index}
+    return Method(args.method, **{name: value for name, value in given.items() if value is not None})
 
 
 def _ticking(subject: Subject, bar: Any) -> Subject:
@@ -249,7 +260,13 @@ def _pristine(args: argparse.Namespace, faces: list[FaceFile]) -> Pristine:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the results depend on besides the reference set, for the results file."""
     files = {str(file): _digest(file) for name in args.model for file in find_files(name)}
-    return {
+    how: dict[str, Any] = {}
+    if args.method == "difface":
+        method = _method(args)
+        named = str(method.estimator) in ESTIMATORS
+        begins = str(method.estimator) if named else [_digest(file) for file in find_files(method.estimator)]
+        how = {"method": method.name, "estimator": begins, "start_index": method.start_index}
+    return how | {
         "models": {name: [files[str(file)] for file in find_files(name)] for name in args.model},
         "eta": args.eta, "strength": args.strength, "dtype": args.dtype, "torch_device": args.device,
     }  # fmt: skip

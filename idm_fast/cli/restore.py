@@ -9,6 +9,7 @@ from pathlib import Path
 from idm_fast.checkpoints.settings import from_pairs
 from idm_fast.cli.inputs import collect
 from idm_fast.cli.session import Session
+from idm_fast.crops import SampleSettings
 from idm_fast.difface import START_INDEX
 from idm_fast.diffusion import CORRECTOR_SNR, SOLVERS
 from idm_fast.engine.lossy import REUSE_COST, TIERS
@@ -70,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="instead of --steps, as guided-diffusion writes it: ddim250, 250 or 10,15,20",
     )
-    p.add_argument("--sampler", choices=list(SOLVERS), help="solver (default: the model's)")
+    p.add_argument(
+        "--sampler", choices=list(SOLVERS), metavar="NAME", help=f"{', '.join(SOLVERS)} (default: the model's)"
+    )  # fmt: skip
     p.add_argument(
         "--corrector-steps", type=int, default=0, metavar="N",
         help="Langevin steps of the score SDE at each noise level, one network evaluation each (default: none)",
@@ -123,8 +126,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.dtype in TIERS:
         print(f"idm-fast: {args.dtype} is lossy: {TIERS[args.dtype].cost}", file=sys.stderr)
-    if args.cache_every > 1:
-        print(f"idm-fast: --cache-every {args.cache_every} is lossy: {REUSE_COST}", file=sys.stderr)
     jobs = collect(args.inputs, args.output, args.suffix, args.ext)
     restorer = Restorer.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, backend=args.backend, engine=args.engine,
@@ -138,6 +139,11 @@ def run(args: argparse.Namespace) -> int:
         "upscale": args.upscale, "aligned": args.aligned, "batch_size": args.batch_size, "output_type": "picture",
     }  # fmt: skip
     restorer.restore([], **options)  # a wrong option ends the run here, before any work
+    if args.cache_every > 1:
+        asked = SampleSettings(args.steps, args.sampler, args.eta, args.strength, args.respacing)
+        skips = any(model.evaluations(asked) > 1 for model in restorer.models)
+        said = f"is lossy: {REUSE_COST}" if skips else "changes nothing where the network runs once"
+        print(f"idm-fast: --cache-every {args.cache_every} {said}", file=sys.stderr)
     session = Session(
         jobs, restorer, options, compare=args.compare, skip_existing=args.skip_existing,
         halt_on_error=args.halt_on_error, debug=args.debug,

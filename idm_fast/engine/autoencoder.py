@@ -15,6 +15,7 @@ from idm_fast.engine.buffers import Arena, images
 from idm_fast.engine.checks import check_instruction_set, check_same, check_shape, check_shared, instruction_set
 from idm_fast.engine.engine import EngineOptions, Memory
 from idm_fast.engine.graph_pool import GraphPool
+from idm_fast.engine.lossy import TIERS
 from idm_fast.engine.lower_vqgan import LoweredPart, lower_decoder, lower_encoder
 from idm_fast.engine.memory import exhausted, require
 from idm_fast.engine.nodes import Node
@@ -104,9 +105,9 @@ class AutoencoderEngine:
         """
         options = options or EngineOptions()
         place = chosen_device(device)
-        kind, quantised = chosen_dtype(dtype, place)
-        if quantised:
+        if dtype in TIERS:  # said before the device is asked, whose advice would be of no use
             raise IdmFastError(f"dtype must be fp32, bf16 or fp16 for an autoencoder, got {dtype}")
+        kind, _ = chosen_dtype(dtype, place)
         check_shape(_WHO, shape, model.config.factor)
         if options.cache_every != 1:
             raise IdmFastError(f"{_WHO}: cache_every must be 1, got {options.cache_every}")

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch.nn import functional as F
+
+from idm_fast.faces.resize import resize_crops
+from idm_fast.faces.sharpness import flat_level
 
 _CLEAN_LEVEL = 1.75 / 255.0  # rms per root octave: below, the band is texture
 _NOISY_LEVEL = 3.5 / 255.0  # above, it is noise
@@ -25,7 +27,6 @@ _CLEAN_BLOCKS = 1.5 / 255.0  # JPEG steps nobody sees
 _HARSH_BLOCKS = 4.0 / 255.0
 _BLOCK_SHARE = 0.5  # rms of the band per height of the step, for steps every 8 pixels
 _OVERSUBTRACTION = 1.5  # local energy varies; this much more than the mean is taken as noise
-_FLAT_SHARE = 0.25
 _BLOCKS = 16
 _KEPT_OCTAVES = 2  # top octaves of the crop that the original may keep
 _TILES = 16  # regions a side in which a crop's energy is compared
@@ -41,7 +42,7 @@ def band_noise(high: torch.Tensor, octaves: float, blockiness: float) -> float:
     """
     side = max(4, min(high.shape[1:]) // _BLOCKS)
     energy = F.avg_pool2d(high.square().mean(dim=0)[None, None], side, ceil_mode=True, count_include_pad=False)
-    level = math.sqrt(float(np.quantile(energy.numpy(), _FLAT_SHARE)))
+    level = math.sqrt(flat_level(energy.numpy()))
     level *= _ramp(level / math.sqrt(max(octaves, 1.0)), _CLEAN_LEVEL, _NOISY_LEVEL)
     return max(level, _BLOCK_SHARE * blockiness * _ramp(blockiness, _CLEAN_BLOCKS, _HARSH_BLOCKS))
 
@@ -51,8 +52,9 @@ def detail_gain(high: torch.Tensor, noise: float) -> torch.Tensor:
     if noise == 0.0:
         return torch.ones(high.shape[1:])
     energy = high.square().mean(dim=0)[None, None]
-    energy = F.avg_pool2d(energy, _WINDOW, stride=1, padding=HALO, count_include_pad=False)[0, 0]
-    return (1.0 - _OVERSUBTRACTION * noise * noise / energy.clamp(min=1e-12)).clamp(0.0, 1.0)
+    for window, halo in (((_WINDOW, 1), (HALO, 0)), ((1, _WINDOW), (0, HALO))):  # a box is separable
+        energy = F.avg_pool2d(energy, window, stride=1, padding=halo, count_include_pad=False)
+    return (1.0 - _OVERSUBTRACTION * noise * noise / energy[0, 0].clamp_(min=1e-12)).clamp_(0.0, 1.0)
 
 
 def keep_sharper(crop: torch.Tensor, before: torch.Tensor, blockiness: float) -> torch.Tensor:
@@ -68,13 +70,15 @@ def keep_sharper(crop: torch.Tensor, before: torch.Tensor, blockiness: float) ->
     size = crop.shape[-1]
     tiles = (min(_TILES, size), min(_TILES, size))
     middle = slice(size // 6, size - size // 6)
-    # Judged as strictly as one octave: the network may be right that the rest is noise.
-    noise = band_noise(high[:, middle, middle] * 0.5, 1.0, blockiness)
     # Energy by regions such as an eye or a cheek, not by pixels: one moved edge is no loss.
     energy, restored = (
         F.adaptive_avg_pool2d(band.square().mean(dim=0)[None, None], tiles) for band in (high, restored_high)
     )
     lost = (1.0 - restored / (_TOLERATED_LOSS * energy).clamp(min=1e-12)).clamp(0.0, 1.0).sqrt()
+    if not lost.any():
+        return crop
+    # Judged as strictly as one octave: the network may be right that the rest is noise.
+    noise = band_noise(high[:, middle, middle] * 0.5, 1.0, blockiness)
     lost = F.interpolate(lost, size=(size, size), mode="bilinear", align_corners=False)[0, 0]
     kept: torch.Tensor = crop + lost * detail_gain(high * 0.5, noise) * (high - restored_high)
     return kept
@@ -82,10 +86,9 @@ def keep_sharper(crop: torch.Tensor, before: torch.Tensor, blockiness: float) ->
 
 def _low_pass(images: torch.Tensor) -> torch.Tensor:
     """[N, 3, S, S] without their ``_KEPT_OCTAVES`` top octaves."""
-    size = images.shape[-2:]
-    small = (max(1, size[0] >> _KEPT_OCTAVES), max(1, size[1] >> _KEPT_OCTAVES))
-    low = F.interpolate(images, size=small, mode="bicubic", antialias=True, align_corners=False)
-    return F.interpolate(low, size=size, mode="bicubic", align_corners=False)
+    size = images.shape[-1]
+    low = resize_crops(images, max(1, size >> _KEPT_OCTAVES), mode="bicubic", antialias=True)
+    return resize_crops(low, size, mode="bicubic")
 
 
 def _ramp(value: float, low: float, high: float) -> float:

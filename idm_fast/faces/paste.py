@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from idm_fast.errors import IdmFastError
 from idm_fast.faces.align import AlignedFace, crop_face
 from idm_fast.faces.detail import HALO, band_noise, detail_gain, keep_sharper
+from idm_fast.faces.resize import resize_crops
 from idm_fast.faces.sharpness import blockiness
 
 FloatArray = npt.NDArray[np.float32]
@@ -105,6 +106,10 @@ class _Change:
         self.blocks = blockiness(self.pixels, self.face) if self.detail == "auto" else 0.0
         if self.detail == "auto" and self.face.source_px > _LARGE * size:
             matched = keep_sharper(matched, self.before, self.blocks)
+        self.is_whole = self.face.is_whole(self.pixels.shape, size)
+        if self.is_whole:  # the crop holds all of the picture, pixel for pixel
+            self.planes, self.whole, self.noise = ((matched - self.before) * 0.5)[None], None, 0.0
+            return
         # -1..1 to 0..1, as the picture; one resampling serves the change and the crop itself.
         planes = torch.cat([(matched - self.before) * 0.5, (self.before + 1.0) * 0.5])[None]
         # A face smaller than the crop is reduced in two steps, or the network's detail would alias: here to twice the
@@ -114,7 +119,6 @@ class _Change:
         if self.oversampling > 1 and dense < size:
             planes = F.interpolate(planes, size=(dense, dense), mode="bicubic", antialias=True, align_corners=False)
         self.planes = planes
-        self.is_whole = self.face.is_whole(self.pixels.shape, size)
         x0, y0, x1, y1 = self.bounds
         small = (x1 - x0) * (y1 - y0) <= _STRIP_PIXELS
         # The bands of all of a small face serve the measurement and the result; a huge face is done part by part.
@@ -123,6 +127,8 @@ class _Change:
 
     def at(self, x0: int, y0: int, x1: int, y1: int) -> torch.Tensor:
         """[3, y1 - y0, x1 - x0], 0..1 scale."""
+        if self.is_whole:  # no band lies beyond it
+            return self.planes[0, :, y0:y1, x0:x1].clone()
         if self.detail == 1.0 or (self.detail == "auto" and self.noise == 0.0):
             return self._bands(x0, y0, x1, y1)[0].clone()
         # Context around the part, so that strips of one face meet without a step.
@@ -143,9 +149,6 @@ class _Change:
         return change, high
 
     def _compute_bands(self, x0: int, y0: int, x1: int, y1: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.is_whole:  # the crop holds all of the picture, pixel for pixel
-            change = self.planes[0, :3, y0:y1, x0:x1]
-            return change, torch.zeros_like(change)
         both = self._resample(self.planes, x0, y0, x1, y1)
         part = torch.from_numpy(np.ascontiguousarray(self.pixels[y0:y1, x0:x1].transpose(2, 0, 1)))
         return both[:3], part - both[3:]
@@ -165,8 +168,6 @@ class _Change:
 
     def _measure(self) -> float:
         """Noise level of the high band in the face's middle."""
-        if self.is_whole:
-            return 0.0
         x, y = self.face.corners.mean(axis=0)
         half = min(self.face.native_px * 0.35, _NOISE_PIXELS / 2)
         low_x, low_y, high_x, high_y = self.bounds
@@ -228,13 +229,12 @@ def _match_color(crop: torch.Tensor, before: torch.Tensor, how: ColorMatch) -> t
     """``crop`` with the coarsest bands of ``before``; both [3, S, S]."""
     if how == "none":
         return crop
-    difference = (before - crop)[None]
+    difference = before - crop
     if how == "mean":
-        return crop + difference.mean(dim=(2, 3), keepdim=True)[0]
-    size = crop.shape[-2:]
-    bands = (min(_LOW_BANDS, size[0]), min(_LOW_BANDS, size[1]))
-    low = F.interpolate(difference, size=bands, mode="bilinear", antialias=True, align_corners=False)
-    return crop + F.interpolate(low, size=size, mode="bicubic", align_corners=False)[0]
+        return crop + difference.mean(dim=(1, 2), keepdim=True)
+    size = crop.shape[-1]
+    low = resize_crops(difference, min(_LOW_BANDS, size), mode="bilinear", antialias=True)
+    return crop + resize_crops(low, size, mode="bicubic")
 
 
 def _bounds(face: AlignedFace, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -267,7 +267,9 @@ def _check(
     for crop in crops:
         if crop.ndim != 3 or crop.shape[0] != 3 or crop.shape[1] != crop.shape[2]:
             raise IdmFastError(f"paste: crops must be [3, size, size], got {list(crop.shape)}")
-        if not bool(torch.isfinite(crop).all()):
+        if not math.isfinite(
+            float(crop.sum(dtype=torch.float64))
+        ):  # one pass without a mask; NaN and infinity both survive a sum
             raise IdmFastError("paste: crops must be finite, got NaN or infinite values from the network")
     for blend in blends:
         if not 0.0 <= blend <= 1.0:

@@ -1,6 +1,6 @@
 """Measures of a face region: how sharp it is, and how much of its finest detail is noise.
 
-All of them work on luma in 0..1 and look at the inner part of the face's crop, where skin, eyes and mouth are.
+All of them work on luma in 0..1 of the inner part of the face's crop, where skin, eyes and mouth are: ``face_luma``.
 """
 
 from __future__ import annotations
@@ -20,26 +20,18 @@ LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 _INNER = 0.62  # side of the measured square, as a fraction of the crop's: forehead to chin
 _BLOCKS = 12  # blocks a side in which noise is measured
 _MIN_PERIODS = 8  # fewer steps of the JPEG grid than that, and chance looks like blocks
-_FLAT_SHARE = 0.25  # the flattest quarter of the blocks shows noise rather than detail
+_FLAT_SHARE = 0.25
 
 
-def sharpness(pixels: FloatArray) -> float:
-    """Root mean square of the 4-neighbour Laplacian of luma in ``pixels`` [h, w, 3]: the strength of the finest detail.
+def sharpness(luma: FloatArray) -> float:
+    """Root mean square of the 4-neighbour Laplacian of ``luma`` [h, w]: the strength of the finest detail.
 
     Noise counts as detail here, so compare pictures of equal noise. 0 below 3 x 3 pixels.
     """
-    luma = pixels @ np.array(LUMA, dtype=np.float32)
     if min(luma.shape) < 3:
         return 0.0
     around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
     return float(np.sqrt(np.square(4.0 * luma[1:-1, 1:-1] - around, dtype=np.float64).mean()))
-
-
-def gradient_energy(pixels: FloatArray, face: AlignedFace) -> float:
-    """Mean squared luma gradient in the face, per pixel step (Tenengrad); grows with sharpness, and with noise."""
-    luma = face_luma(pixels, face)
-    down, right = np.diff(luma, axis=0)[:, :-1], np.diff(luma, axis=1)[:-1]
-    return float((down**2 + right**2).mean()) if down.size else 0.0
 
 
 def high_band(pixels: FloatArray, face: AlignedFace, size: int) -> FloatArray:
@@ -58,13 +50,12 @@ def high_band(pixels: FloatArray, face: AlignedFace, size: int) -> FloatArray:
     return band
 
 
-def grain(pixels: FloatArray, face: AlignedFace) -> float:
-    """Standard deviation (0..1) of white noise in the face's luma; 0.002 to 0.006 for a clean photograph.
+def grain(luma: FloatArray) -> float:
+    """Standard deviation (0..1) of white noise in a face's ``luma`` [h, w]; 0.002 to 0.006 for a clean photograph.
 
     The mask [[1,-2,1],[-2,4,-2],[1,-2,1]] ignores edges and smooth shades (Immerkaer 1996); its mean size in the
     flattest quarter of the face's blocks is the noise's. Blind to noise that was enlarged with the picture.
     """
-    luma = face_luma(pixels, face)
     if min(luma.shape) < 8:
         return 0.0
     rows = luma[:-2] - 2.0 * luma[1:-1] + luma[2:]
@@ -75,7 +66,19 @@ def grain(pixels: FloatArray, face: AlignedFace) -> float:
         return 0.0
     tiles = mask[: height * block, : width * block].reshape(height, block, width, block).mean(axis=(1, 3))
     # The mask multiplies white noise by 6; sqrt(pi / 2) turns the mean of |x| into a standard deviation.
-    return float(np.quantile(tiles, _FLAT_SHARE)) * math.sqrt(math.pi / 2.0) / 6.0
+    return flat_level(tiles) * math.sqrt(math.pi / 2.0) / 6.0
+
+
+def flat_level(energy: FloatArray) -> float:
+    """Below it lies the flattest quarter of the blocks, which shows noise rather than detail: a quantile of ``energy``.
+
+    As ``numpy.quantile``, in a tenth of its time.
+    """
+    ordered = np.sort(energy, axis=None).tolist()
+    place = _FLAT_SHARE * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return float(ordered[below] + (place - below) * (ordered[above] - ordered[below]))
 
 
 def blockiness(pixels: FloatArray, face: AlignedFace) -> float:

@@ -1,4 +1,4 @@
-"""16-bit colour, which Pillow reads and writes as 8-bit: both halves of each sample by its own decoders.
+"""16-bit colour, which Pillow reads as 8-bit: both halves of each sample by its own decoders.
 
 Pillow decodes 16-bit RGB(A) files but keeps one byte of every sample; which one is a parameter of the decoder
 ("RGB;16B" takes the high byte of big-endian samples, "RGB;16L" of little-endian ones). Decoding twice with the two
@@ -13,7 +13,7 @@ import struct
 import sys
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,6 @@ from PIL import Image
 
 UInt16Array = npt.NDArray[np.uint16]
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_COLOR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> IHDR colour type
 _ORDERS = ("16L", "16B", "16N")
 
 
@@ -88,40 +86,3 @@ def _join(high: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8]) -> UInt16Arra
     samples <<= 8
     samples |= low
     return samples
-
-
-def write_png16(file: IO[bytes], samples: UInt16Array, *, exif: bytes | None, icc: bytes | None) -> None:
-    """Writes [H, W] or [H, W, 2 to 4] as a 16-bit PNG (ISO/IEC 15948), each row with the "Up" or "Sub" filter."""
-    planes = samples[..., None] if samples.ndim == 2 else samples
-    height, width, channels = planes.shape
-    step = channels * 2
-    rows = np.ascontiguousarray(planes.astype(">u2")).view(np.uint8).reshape(height, width * step)
-    header = struct.pack(">IIBBBBB", width, height, 16, _PNG_COLOR_TYPE[channels], 0, 0, 0)
-    file.write(_PNG_SIGNATURE)
-    _write_chunk(file, b"IHDR", header)
-    if icc:
-        _write_chunk(file, b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
-    if exif:
-        _write_chunk(file, b"eXIf", exif.removeprefix(b"Exif\0\0"))
-    packer = zlib.compressobj(6)
-    previous = np.zeros(width * step, dtype=np.uint8)
-    for row in rows:
-        up = row - previous  # uint8 arithmetic wraps, as the standard asks
-        sub = row.copy()
-        sub[step:] -= row[:-step]
-        kind, best = (2, up) if _magnitude(up) < _magnitude(sub) else (1, sub)
-        packed = packer.compress(bytes((kind,)) + best.tobytes())
-        if packed:
-            _write_chunk(file, b"IDAT", packed)
-        previous = row
-    _write_chunk(file, b"IDAT", packer.flush())
-    _write_chunk(file, b"IEND", b"")
-
-
-def _magnitude(filtered: npt.NDArray[np.uint8]) -> int:
-    """Sum of the bytes as signed numbers; the filter with the least packs best as a rule (PNG standard, 12.7)."""
-    return int(np.abs(filtered.view(np.int8).astype(np.int16)).sum())
-
-
-def _write_chunk(file: IO[bytes], kind: bytes, data: bytes) -> None:
-    file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))

@@ -61,8 +61,8 @@ def _padded(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _resampling(size: int, centre: float, side: float) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Matrix [CHIP, size] float32 that resamples a line of ``size`` pixels to the chip's part of it.
+def _resampling(size: int, centre: float, side: float) -> tuple[slice, np.ndarray[Any, np.dtype[np.float32]]]:
+    """(the part of a line of ``size`` pixels that the chip sees, the matrix [CHIP, part] float32 that resamples it).
 
     Linear interpolation; where the chip is coarser than the line the triangle is widened to the chip's pixel, so
     that nothing aliases. Pixels beyond the border repeat the border.
@@ -77,17 +77,20 @@ def _resampling(size: int, centre: float, side: float) -> np.ndarray[Any, np.dty
     inside = np.zeros((CHIP, size))
     np.add.at(inside.T, np.clip(line, 0, size - 1), weights.T)
     # An array and not a tensor: one made in inference mode could not serve a later training step.
-    return inside.astype(np.float32)
+    seen = np.flatnonzero(inside.any(axis=0))
+    part = slice(int(seen[0]), int(seen[-1]) + 1)
+    return part, np.ascontiguousarray(inside[:, part], dtype=np.float32)
 
 
 def crop_chip(x: Tensor) -> Tensor:
     """dlib's chip [N, C, 150, 150] of FFHQ-aligned crops ``x`` [N, C, S, S]; differentiable, antialiased, float32."""
     if x.ndim != 4 or x.shape[2] != x.shape[3]:
         raise ValueError(f"crop_chip: x must be a square crop [N, C, S, S], got {tuple(x.shape)}")
-    rows = torch.from_numpy(_resampling(x.shape[2], CHIP_CENTRE[1], CHIP_SIDE)).to(x.device)
-    columns = torch.from_numpy(_resampling(x.shape[3], CHIP_CENTRE[0], CHIP_SIDE)).to(x.device)
+    high, rows = _resampling(x.shape[2], CHIP_CENTRE[1], CHIP_SIDE)
+    wide, columns = _resampling(x.shape[3], CHIP_CENTRE[0], CHIP_SIDE)
+    x = x[:, :, high, wide]
     with torch.autocast(x.device.type, enabled=False):  # these two small products are cheap; keep them exact
-        return rows @ x.float() @ columns.T
+        return torch.from_numpy(rows).to(x.device) @ x.float() @ torch.from_numpy(columns).to(x.device).T
 
 
 @lru_cache(maxsize=1)
@@ -158,8 +161,9 @@ class Recognition(nn.Module):
         """Embeddings [N, 128] float32 of dlib chips ``faces`` [N, 3, 150, 150] in [-1, 1] RGB."""
         if faces.ndim != 4 or tuple(faces.shape[1:]) != (3, CHIP, CHIP):
             raise ValueError(f"Recognition: faces must be [N, 3, {CHIP}, {CHIP}], got {tuple(faces.shape)}")
-        x = ((faces + 1.0) * 127.5 - self.mean) / 256.0
-        x = F.max_pool2d(torch.relu(self.stem(x)), 3, 2)
+        # ((faces + 1) 127.5 - mean) / 256, in one pass
+        x = torch.add((127.5 - self.mean) / 256.0, faces, alpha=127.5 / 256.0).to(self.stem.weight.dtype)
+        x = torch.relu(F.max_pool2d(self.stem(x), 3, 2))  # what is kept is the same in either order, and smaller now
         pooled: Tensor = self.blocks(x).float().mean(dim=(2, 3))
         with torch.autocast(faces.device.type, enabled=False):
             return pooled @ self.projection.float()

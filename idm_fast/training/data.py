@@ -7,6 +7,7 @@ A resumed run therefore sees exactly the batches that an uninterrupted one would
 from __future__ import annotations
 
 import csv
+import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,6 +77,33 @@ def list_faces(folder: Path, split: str, min_native_px: int = 0) -> list[FaceFil
     if not faces:
         raise IdmFastError(f"{folder}: no face of split {split!r} with native_px >= {min_native_px}")
     return faces
+
+
+def fingerprint(faces: list[FaceFile], folder: Path) -> dict[str, str]:
+    """What a run that goes on compares: "faces", their number and a checksum of their names under ``folder`` and native
+    sizes, and "bytes", all their lengths together and a checksum of them.
+
+    Nothing is opened, and a copy of the folder is the same as the folder; a picture that was written anew nearly always
+    has another length.
+    """
+    names = "\n".join(f"{face.path.relative_to(folder).as_posix()},{face.native_px}" for face in faces)
+    lengths = [_length(face.path) for face in faces]
+    return {
+        "faces": f"{len(faces)}, {_checksum(names)}",
+        "bytes": f"{sum(lengths)}, {_checksum(','.join(map(str, lengths)))}",
+    }
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]  # a name on disk need not be text
+
+
+def _length(path: Path) -> int:
+    """0 where the file cannot be asked: training will name it."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def load_crop(path: Path, size: int) -> Tensor:

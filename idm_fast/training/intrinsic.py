@@ -21,7 +21,7 @@ from idm_fast.diffusion.schedule import Schedule
 from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
 from idm_fast.training import distributed, sheet
-from idm_fast.training.data import FacePairs, list_faces
+from idm_fast.training.data import FacePairs
 from idm_fast.training.ema import Ema
 from idm_fast.training.loop import Loop
 from idm_fast.training.losses import RestorationLoss
@@ -55,7 +55,6 @@ class Trainer(Loop[ModelConfig, UNet]):
     ) -> None:
         trained = trainable(settings.preset)
         self.settings = settings
-        self.faces = list_faces(settings.data, "train", settings.min_native_px)
         super().__init__(settings, config or trained, lambda: UNet(trained.unet), group)
         self.schedule = Schedule.from_config(trained.diffusion)
         if settings.init_from is not None and not self.state_file.exists():

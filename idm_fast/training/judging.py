@@ -29,9 +29,9 @@ from idm_fast.evaluation.parts import Part, Parts
 from idm_fast.evaluation.report import CLEAN, FD, Subject, evaluate
 from idm_fast.files import atomic
 from idm_fast.registry import Target, load_models
-from idm_fast.training.data import FaceFile, list_faces, load_crop
+from idm_fast.training.data import FaceFile, fingerprint, list_faces, load_crop
 from idm_fast.training.degradation import DEGRADATION_VERSION
-from idm_fast.training.rounds import JudgeSettings, digest, fingerprint
+from idm_fast.training.rounds import JudgeSettings, digest
 
 # "key": what was judged and how; "report": Report.as_json(); "values": checksum of the figures face by face;
 # "changes": rows of estimates of the change from R_0 (FD-VGG: in percent)
@@ -64,7 +64,7 @@ def key(settings: JudgeSettings, own: Path, model: str, first: str | None) -> di
     return {
         "model": model,
         "compared_with": first,
-        "faces": fingerprint(_faces(settings, own), settings.data or own),
+        **fingerprint(_faces(settings, own), settings.data or own),
         "levels": list(settings.levels),
         "steps": list(settings.steps),
         "degradation_version": DEGRADATION_VERSION,
@@ -75,7 +75,8 @@ def read(folder: Path, expected: dict[str, Any]) -> Figures | None:
     """The figures in ``folder`` if they were made of what ``expected`` says; None where there are none, or others."""
     try:
         figures = json.loads((folder / FIGURES).read_text())
-        whole = figures["key"] == expected and figures["values"] == digest(folder / VALUES)
+        known = {name: expected[name] for name in figures["key"]}  # what it did not know of yet is not compared
+        whole = figures["key"] == known and figures["values"] == digest(folder / VALUES)
         return figures if whole and figures["report"]["rows"] else None
     except (OSError, ValueError, TypeError, KeyError):
         return None  # they are made again: nothing else depends on them

@@ -18,6 +18,7 @@ from idm_fast.checkpoints import native
 from idm_fast.errors import IdmFastError
 from idm_fast.files import clear_unfinished
 from idm_fast.training import distributed
+from idm_fast.training.data import fingerprint, list_faces
 from idm_fast.training.ema import Ema
 from idm_fast.training.log import Log
 from idm_fast.training.settings import RunSettings
@@ -56,6 +57,8 @@ class Loop(ABC, Generic[Config, Model]):
         if settings.out.exists() and not settings.out.is_dir():
             raise IdmFastError(f"{settings.out}: must be a folder or a new name, got a file")
         self._run = settings
+        self.faces = list_faces(settings.data, "train", settings.min_native_px)
+        self._compared = settings.to_dict() | fingerprint(self.faces, settings.data)
         self.config: Config = config
         self._stays = group is not None
         self.group = group or distributed.join()
@@ -87,7 +90,7 @@ class Loop(ABC, Generic[Config, Model]):
             for path in (self.state_file, self.state_file.with_name("model.safetensors")):
                 clear_unfinished(path)  # a killed run's, each as large as the whole one
         if self.state_file.exists():
-            self.step, self.seconds = load_state(self.state_file, self._run.to_dict(), self.parts(), self.config.name)
+            self.step, self.seconds = load_state(self.state_file, self._compared, self.parts(), self.config.name)
         if self.step > self._run.steps:
             raise IdmFastError(f"{self.state_file}: steps must be >= the {self.step} done, got {self._run.steps}")
         main = self.group.agree(self.step)
@@ -116,7 +119,7 @@ class Loop(ABC, Generic[Config, Model]):
                 bar.update()
                 bar.set_postfix(log.shown())
                 if main and (last or self.step % s.save_every == 0):
-                    save_state(self.state_file, self.step, self.seconds, s.to_dict(), self.parts())
+                    save_state(self.state_file, self.step, self.seconds, self._compared, self.parts())
                 if main and (self.step % s.sheet_every == 0 or self.step == s.steps):
                     self._draw(s.out / "sheets" / f"{self.step:06d}.png")
                 if last:

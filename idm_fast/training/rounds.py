@@ -20,7 +20,7 @@ from typing import Any, Literal
 from idm_fast.clean import CleanOptions
 from idm_fast.errors import IdmFastError
 from idm_fast.files import atomic
-from idm_fast.training.data import FaceFile
+from idm_fast.training.data import FaceFile, fingerprint
 from idm_fast.training.degradation import LEVELS
 from idm_fast.training.settings import TrainSettings
 from idm_fast.training.state import check_unchanged
@@ -141,15 +141,18 @@ class RoundSettings:
         start = self.first.init_from
         left_out = _FREE | _BY_CONTENT | (_FIRST_ONLY if start is not None else set())
         first = {name: value for name, value in self.first.to_dict().items() if name not in left_out}
-        return first | {
-            "faces": fingerprint(faces, self.first.data),
-            "init_from": None if start is None else f"sha256 {digest(start)[:12]}",
-            "round_steps": self.round_steps,
-            "round_learning_rate": self.round_learning_rate,
-            "round_min_native_px": self.training(Part("train", 1)).min_native_px,
-            "from": self.source,
-            "clean": self.clean.lasting(),
-        }
+        return (
+            first
+            | fingerprint(faces, self.first.data)
+            | {
+                "init_from": None if start is None else f"sha256 {digest(start)[:12]}",
+                "round_steps": self.round_steps,
+                "round_learning_rate": self.round_learning_rate,
+                "round_min_native_px": self.training(Part("train", 1)).min_native_px,
+                "from": self.source,
+                "clean": self.clean.lasting(),
+            }
+        )
 
 
 @dataclass
@@ -220,10 +223,3 @@ def digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise IdmFastError(f"{path}: must be a readable file, got {error.strerror or error}") from None
-
-
-def fingerprint(faces: list[FaceFile], folder: Path) -> str:
-    """How many faces, and a checksum of their names under ``folder`` and native sizes."""
-    names = "\n".join(f"{face.path.relative_to(folder).as_posix()},{face.native_px}" for face in faces)
-    checksum = hashlib.sha256(names.encode(errors="surrogateescape"))  # a name on disk need not be text
-    return f"{len(faces)}, {checksum.hexdigest()[:12]}"

@@ -23,7 +23,7 @@ from idm_fast.errors import IdmFastError
 from idm_fast.models.perceptual import Lpips
 from idm_fast.models.vqgan import Vqgan
 from idm_fast.training.codebook import CodebookAverage
-from idm_fast.training.data import FacePictures, list_faces
+from idm_fast.training.data import FacePictures
 from idm_fast.training.ema import Ema
 from idm_fast.training.log import put_row
 from idm_fast.training.loop import Loop
@@ -59,7 +59,6 @@ class VqganTrainer(Loop[VqganConfig, Vqgan]):
     def __init__(self, settings: VqganSettings) -> None:
         self.settings = settings
         config = vqgan_preset(settings.preset)
-        self.faces = list_faces(settings.data, "train", settings.min_native_px)
         super().__init__(settings, config, lambda: Vqgan(config))
         begins = settings.init_from is not None and not self.state_file.exists()
         if settings.init_from is not None and begins:

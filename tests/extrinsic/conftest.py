@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from idm_fast.checkpoints import native
@@ -67,18 +64,9 @@ def _tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> RoundSettings:
+def settings(tmp_path: Path, made_up_faces: Callable[..., Path]) -> RoundSettings:
     """Two rounds of four steps on seven made-up faces; two more of them are for validation."""
-    data = tmp_path / "faces"
-    data.mkdir()
-    rng = np.random.default_rng(0)
-    with (data / "faces.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "split", "native_px"])
-        for i in range(9):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            coarse.resize((40, 40), Image.Resampling.BICUBIC).save(data / f"{i}.png")
-            writer.writerow([f"{i}.png", "train" if i < 7 else "val", 100 + 50 * (i % 3)])
+    data = made_up_faces(7, 2, 40, lambda i: 100 + 50 * (i % 3))
     first = TrainSettings(
         data, tmp_path / "run", preset="tiny-32", steps=5, batch_size=4, learning_rate=1e-2, warmup=1, save_every=2,
         sheet_every=100, precision="fp32", loss=PLAIN, pure_noise=0.25, rollout=0.25, min_native_px=0,

@@ -68,7 +68,7 @@ def test_other_settings_are_named(settings: RoundSettings) -> None:
     assert "rounds.json: belongs to a run with batch_size = 4 (now 2), loss.mse = 5.0 (now 4.0), " in said
     assert "round_steps = 4 (now 9), clean.blend = 1.0 (now 0.5); give the same settings or another --out" in said
     (settings.first.data / "faces.csv").write_text("file,split,native_px\n0.png,train,300\n8.png,val,300\n")
-    with pytest.raises(IdmFastError, match=r"belongs to a run with faces = 7, \w+ \(now 1, \w+\); give"):
+    with pytest.raises(IdmFastError, match=r"belongs to a run with faces = 7, \w+ \(now 1, \w+\), bytes = .*; give"):
         Rounds(settings).run()
 
 
@@ -78,7 +78,7 @@ def test_other_settings_are_named(settings: RoundSettings) -> None:
         (_cut_state, r"round-1/state.pt: is not a whole training state"),
         (_other_model, r"round-0/model.safetensors: must be the model that round-0 ended with = sha256 \w+, got \w+; "),
         (_no_model, r"round-0/model.safetensors: must be the model that round-0 ended with = .*, got no file; put"),
-        (_no_table, r"data-1: must hold the faces that cleaning ended with = 7, \w+, got "),
+        (_no_table, r"data-1: must hold the faces that cleaning ended with, faces = 7, \w+, got "),
         (_half_ledger, r"rounds.json: must be a whole record of rounds \(format 1\), got something else"),
         (_foreign_ledger, r"rounds.json: must be a whole record of rounds \(format 1\), got something else"),
         (_no_ledger, r"run: must be a new folder or one with rounds.json, got round-\d of another run"),

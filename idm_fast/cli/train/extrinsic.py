@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from idm_fast.clean import CleanOptions
-from idm_fast.cli.checks import number_or_none
+from idm_fast.cli.checks import add_bounds
 from idm_fast.cli.train import flags
 from idm_fast.diffusion import SOLVERS
 from idm_fast.training.degradation import LEVELS
@@ -81,17 +81,10 @@ def _add_cleaning(t: argparse.ArgumentParser) -> None:
     d = _DEFAULTS.clean
     clean = t.add_argument_group("cleaning", "how targets are enhanced, and how far from the original one may go")
     clean.add_argument("--clean-steps", type=int, default=d.steps, help="sampling steps (default: %(default)s)")
-    clean.add_argument("--clean-sampler", choices=list(SOLVERS), help="default: the model's own")
+    clean.add_argument("--clean-sampler", choices=list(SOLVERS), metavar="NAME", help="default: the model's own")
     clean.add_argument("--clean-strength", type=float, help="in (0, 1]: below 1 the walk starts nearer to the original")
     clean.add_argument("--clean-blend", type=float, default=d.blend, help="share of the enhanced (default: 1)")
-    clean.add_argument(
-        "--clean-max-identity-distance", type=number_or_none, default=d.max_identity_distance, metavar="D",
-        help="largest recognition distance to the original, or none (default: %(default)s)",
-    )  # fmt: skip
-    clean.add_argument(
-        "--clean-max-low-frequency", type=number_or_none, default=d.max_low_frequency, metavar="D",
-        help="largest low-frequency difference to the original, or none (default: %(default)s)",
-    )  # fmt: skip
+    add_bounds(clean, "--clean-", d.max_identity_distance, d.max_low_frequency)
     clean.add_argument("--clean-seed", type=int, default=d.seed, help="of the noise (default: %(default)s)")
     clean.add_argument("--clean-batch-size", type=int, default=d.batch_size, help="default: %(default)s")
     clean.add_argument("--clean-dtype", choices=["fp32", "bf16", "fp16"], help="default: the device's fastest")
