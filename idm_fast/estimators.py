@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from idm_fast.crops import CropRestorer, SampleSettings
+from idm_fast.face_model import FaceModel
 from idm_fast.models.swinir import SwinIR
+from idm_fast.sampling import SampleSettings
 
 _OTHER = 1 << 62  # seeds of pictures are below: noise that the chain behind the estimate does not draw again
 
@@ -38,7 +39,7 @@ class OneStep:
     size is resized there and back.
     """
 
-    def __init__(self, models: Sequence[CropRestorer]) -> None:
+    def __init__(self, models: Sequence[FaceModel]) -> None:
         self.models = sorted(models, key=lambda model: model.size)
 
     def __call__(self, y: Tensor, seeds: Tensor) -> Tensor:

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from idm_fast import checkpoints, hub
+from idm_fast.checkpoints.native import Checkpoint
+from idm_fast.clr_face import ClrFaceRestorer
 from idm_fast.config import ModelConfig
 from idm_fast.crops import CropRestorer
 from idm_fast.difface import START_INDEX, DifFace
 from idm_fast.engine.precision import chosen_device, chosen_dtype
 from idm_fast.errors import IdmFastError
 from idm_fast.estimators import Bicubic, Estimator, OneStep, Regression
+from idm_fast.face_model import FaceModel
+from idm_fast.models.clr_face import ClrFace
 from idm_fast.models.swinir import SwinIR
 from idm_fast.models.unet import UNet
 
@@ -98,31 +102,38 @@ def find_files(name_or_path: str | Path) -> list[Path]:
 
 def load_models(
     name_or_path: str | Path, target: Target, method: Method | None = None, settings: Mapping[str, Any] | None = None
-) -> list[CropRestorer]:
+) -> list[FaceModel]:
     """One restorer per face size, smallest first, for whatever ``find_files`` takes.
 
     ``settings``: of a public project's file, what its keys cannot tell. Raises ``IdmFastError`` for an unknown name, a
     broken file, a model that does not restore pictures by ``method``, a device, dtype or back end that cannot run it.
     """
     method = method or Method()
-    device, dtype = target.resolved()
-    models: list[CropRestorer] = []
+    target.resolved()  # what is wrong with it is said before any file is read
+    models: list[FaceModel] = []
     for file in find_files(name_or_path):
-        loaded = checkpoints.load(file, settings)
-        if not isinstance(loaded.module, UNet):
-            kind = type(loaded.module).__name__
-            raise IdmFastError(f"{file}: model must be a diffusion U-Net to restore with, got a {kind}")
-        reason = _why_not(loaded.config, method)
-        if reason is not None:
-            raise IdmFastError(f"{file}: {reason}")
-        common = (loaded.config, loaded.module, device, dtype, target.backend, target.engine, target.cache_every)
-        if method.name == "difface":
-            estimator = load_estimator(method.estimator, target)
-            models.append(DifFace(*common, estimator=estimator, start_index=method.start_index))
-        else:
-            models.append(CropRestorer(*common))
+        models.append(_restorer(file, checkpoints.load(file, settings), target, method))
         models[-1].check_backend()
     return models
+
+
+def _restorer(file: Path, loaded: Checkpoint[Any, Any], target: Target, method: Method) -> FaceModel:
+    """What a file holds, ready to restore by ``method``."""
+    where = (*target.resolved(), target.backend, target.engine, target.cache_every)
+    if isinstance(loaded.module, ClrFace):
+        if method.name != "conditional":
+            raise IdmFastError(f"{file}: method of a CLR-Face model must be conditional, got {method.name}")
+        return ClrFaceRestorer(loaded.config, loaded.module, *where)
+    if not isinstance(loaded.module, UNet):
+        kind = type(loaded.module).__name__
+        raise IdmFastError(f"{file}: model must be a diffusion U-Net or a CLR-Face to restore with, got a {kind}")
+    reason = _why_not(loaded.config, method)
+    if reason is not None:
+        raise IdmFastError(f"{file}: {reason}")
+    if method.name == "difface":
+        estimator = load_estimator(method.estimator, target)
+        return DifFace(loaded.config, loaded.module, *where, estimator=estimator, start_index=method.start_index)
+    return CropRestorer(loaded.config, loaded.module, *where)
 
 
 # What makes an estimate of the clean face, by name; beside them every restorer of ours by its name, and files.
@@ -156,7 +167,7 @@ def load_estimator(name_or_path: str | Path, target: Target) -> Estimator:
     return OneStep(load_models(name_or_path, target))
 
 
-def choose(models: list[CropRestorer], shown_px: float) -> CropRestorer:
+def choose(models: list[FaceModel], shown_px: float) -> FaceModel:
     """The smallest model whose answer fills ``shown_px``, a face's side in the output, to a fifth; else the largest."""
     for model in models:
         if shown_px <= 1.2 * model.size:

@@ -13,16 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from idm_fast import registry
-from idm_fast.crops import CropRestorer, SampleSettings
 from idm_fast.difface import START_INDEX
 from idm_fast.diffusion import CORRECTOR_SNR
 from idm_fast.errors import IdmFastError
+from idm_fast.face_model import FaceModel
 from idm_fast.faces.align import AlignedFace
 from idm_fast.faces.detect import FaceDetector
 from idm_fast.faces.pipeline import crop_of, find_faces, paste_faces, upscaled, whole_picture
 from idm_fast.images import Picture, picture_from_array, picture_from_pil, read_image
 from idm_fast.options import OUTPUT_TYPES, RestoreOptions, seed_from
 from idm_fast.result import RestoredFace, Result, as_output, describe
+from idm_fast.sampling import SampleSettings, guidance_settings
 
 ImageLike = str | Path | Image.Image | np.ndarray | Picture
 Progress = Callable[[int, int], None]
@@ -38,7 +39,7 @@ class Restorer:
     >>> result.save("restored.png")
     """
 
-    def __init__(self, models: list[CropRestorer], detector: FaceDetector | None = None) -> None:
+    def __init__(self, models: list[FaceModel], detector: FaceDetector | None = None) -> None:
         self.models = models
         self._detector = detector
 
@@ -97,6 +98,11 @@ class Restorer:
         respacing: str | None = None,
         corrector_steps: int = 0,
         corrector_snr: float = CORRECTOR_SNR,
+        identity_guidance: bool = True,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_every: int | None = None,
+        guidance_resolution: int | None = None,
         seed: int = 0,
         generator: torch.Generator | int | None = None,
         face: str = "all",
@@ -115,6 +121,11 @@ class Restorer:
           (0, 1]: 1 starts from pure noise, less from the noised input. ``respacing``, instead of the number of steps:
           the training steps to walk, as guided-diffusion writes them ("ddim250", "250", "10,15,20").
           ``corrector_steps``: Langevin steps at each noise level between, of the size ``corrector_snr``.
+        - of CLR-Face models: ``guidance_scale`` >= 0, how far a face is moved towards the identity that was recovered;
+          ``guidance_interval`` (start, stop), the part of the way, in 0..1, where it is; ``guidance_every`` k, faster
+          and lossy: a gradient at every k-th evaluation only; ``guidance_resolution``, the same: side in pixels at
+          which faces are recognised. None is the model's own. ``identity_guidance=False`` goes without, and so does,
+          with a warning, a model's own guidance where the recognition network is not installed.
         - ``seed``: face k of every picture, largest first, draws its noise from seed + k, so a result does not depend
           on what it was batched with. ``generator``, as diffusers has it, takes the place of ``seed``: a number is
           the seed, a ``torch.Generator`` gives one.
@@ -129,8 +140,11 @@ class Restorer:
         seed = seed if generator is None else seed_from(generator)
         options = RestoreOptions(face, blend, upscale, aligned, batch_size, seed, output_type)
         settings = SampleSettings(
-            num_inference_steps, sampler, eta, strength, respacing, corrector_steps, corrector_snr
-        )
+            num_inference_steps, sampler, eta, strength, respacing, corrector_steps, corrector_snr,
+            guidance_settings(
+                identity_guidance, guidance_scale, guidance_interval, guidance_every, guidance_resolution
+            ),
+        )  # fmt: skip
         for model in self.models:
             model.evaluations(settings)  # builds its table, or says what is wrong
         detector = None if aligned else self.detector
@@ -185,7 +199,7 @@ class Restorer:
         self,
         pictures: list[Picture],
         jobs: list[tuple[int, AlignedFace, int]],
-        chosen: list[CropRestorer],
+        chosen: list[FaceModel],
         options: RestoreOptions,
         settings: SampleSettings,
         progress: Progress | None,

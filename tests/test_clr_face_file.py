@@ -43,9 +43,9 @@ def test_what_is_saved_comes_back(file: Path) -> None:
 def test_a_latent_of_another_size_is_refused() -> None:
     module = tiny_clr_face()
     with torch.no_grad():
-        assert module.decode(torch.zeros(2, 4, 4, 4)).shape == (2, 3, 16, 16)
-        for shape in ((2, 4, 8, 8), (2, 3, 4, 4), (4, 4, 4)):
-            with pytest.raises(IdmFastError, match=r"ClrFace: latent must be \[N, 4, 4, 4\], got"):
+        assert module.decode(torch.zeros(2, 4, 8, 8)).shape == (2, 3, 32, 32)
+        for shape in ((2, 4, 4, 4), (2, 3, 8, 8), (4, 8, 8)):
+            with pytest.raises(IdmFastError, match=r"ClrFace: latent must be \[N, 4, 8, 8\], got"):
                 module.decode(torch.zeros(shape))
 
 
@@ -57,7 +57,7 @@ def test_a_latent_of_another_size_is_refused() -> None:
             {"vqgan": replace(VQGAN, embed_channels=3)},
             "prior must have the latent's channels, condition and no classes = 3, 3, 3 and 0, got 4, 4, 4 and 0",
         ),
-        ({"vqgan": replace(VQGAN, image_size=32)}, "prior must be of the latent's size = 8, got 4"),
+        ({"vqgan": replace(VQGAN, image_size=64)}, "prior must be of the latent's size = 16, got 8"),
         ({"prior": replace(PRIOR, unet=replace(UNET, num_classes=2))}, "got 4, 4, 4 and 2"),
         ({"vqgan": replace(VQGAN, in_channels=1)}, "vqgan must work on pictures = 3 channels, got 1 and 3"),
         ({"guidance_scale": -1.0}, "guidance_scale must be >= 0, got -1.0"),
@@ -75,7 +75,7 @@ def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
 def test_a_file_whose_parts_do_not_fit_is_named(file: Path) -> None:
     config = CONFIG.to_dict()
     for part, key, value, message in (
-        ("vqgan", "image_size", 32, r"prior must be of the latent's size = 8, got 4"),
+        ("vqgan", "image_size", 64, r"prior must be of the latent's size = 16, got 8"),
         ("mask", "", None, r"1 tensors missing \['mask.logits'\]"),
     ):
         tensors = load_file(file)

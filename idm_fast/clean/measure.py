@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from idm_fast.crops import CropRestorer
 from idm_fast.engine.precision import default_dtype
 from idm_fast.errors import IdmFastError
+from idm_fast.face_model import FaceModel
 from idm_fast.faces.align import WHOLE, AlignedFace, crop_face
 from idm_fast.faces.sharpness import FloatArray, face_luma, grain, sharpness
 from idm_fast.models.recognition import Recognition, crop_chip
@@ -69,5 +69,5 @@ class Identity:
         return found.cpu()
 
 
-def device_of(models: Sequence[CropRestorer]) -> torch.device:
+def device_of(models: Sequence[FaceModel]) -> torch.device:
     return models[0].device

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from idm_fast.crops import SampleSettings
 from idm_fast.errors import IdmFastError
 from idm_fast.images import WRITABLE
+from idm_fast.sampling import GuidanceSettings, SampleSettings
 
 # Chosen by measurement: see docs/clean.md.
 MAX_IDENTITY_DISTANCE = 0.5
@@ -39,6 +39,7 @@ class CleanOptions:
       (JPEG would spoil them again), auto for photographs. A rejected picture keeps its own, with its bytes.
     - ``batch_size``: faces a network call. ``device``, ``dtype``: as in ``Restorer.from_pretrained``.
     - ``limit``: only the first so many pictures.
+    - ``guidance_scale``: of a CLR-Face model, as in ``Restorer.restore``; 0: without.
 
     Raises ``IdmFastError`` naming the option, what it must be and what it was.
     """
@@ -56,6 +57,7 @@ class CleanOptions:
     device: str | None = None
     dtype: str | None = None
     limit: int | None = None
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind, words in (
@@ -73,6 +75,7 @@ class CleanOptions:
             if (value is None and optional) or (isinstance(value, kind) and value is not True and value is not False):
                 continue
             raise IdmFastError(f"{name} must be {words}{' or None' if optional else ''}, got {value!r}")
+        GuidanceSettings(self.guidance_scale)  # says what is wrong with it
         for name in ("steps", "batch_size", "limit"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise IdmFastError(f"{name} must be >= 1, got {number}")
@@ -91,11 +94,14 @@ class CleanOptions:
 
     @property
     def sampling(self) -> SampleSettings:
-        return SampleSettings(self.steps, self.sampler, strength=self.strength)
+        guidance = GuidanceSettings(self.guidance_scale)
+        return SampleSettings(self.steps, self.sampler, strength=self.strength, guidance=guidance)
 
     def lasting(self) -> dict[str, Any]:
         """What decides how a picture comes out: an output folder must not be gone on with under other values."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        # A folder from before models had guidance says nothing of it.
+        free = _FREE | ({"guidance_scale"} if self.guidance_scale is None else set())
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass

@@ -23,8 +23,8 @@ from idm_fast.clean.listing import Task, content_digest
 from idm_fast.clean.manifest import Record
 from idm_fast.clean.measure import Identity, device_of
 from idm_fast.clean.options import CleanOptions
-from idm_fast.crops import CropRestorer
 from idm_fast.errors import IdmFastError
+from idm_fast.face_model import FaceModel
 from idm_fast.faces.align import AlignedFace
 from idm_fast.faces.detect import FaceDetector
 from idm_fast.faces.pipeline import crop_of, find_faces, whole_picture
@@ -52,7 +52,7 @@ class Work:
     task: Task
     picture: Picture | None = None
     faces: list[AlignedFace] = field(default_factory=list)
-    models: list[CropRestorer] = field(default_factory=list)
+    models: list[FaceModel] = field(default_factory=list)
     crops: list[Tensor] = field(default_factory=list)
     restored: list[Tensor | None] = field(default_factory=list)
     pixels: int = 0
@@ -178,7 +178,7 @@ class Cleaner:
             return Work(task, error=self._named(task, error))
         return work
 
-    def _batch(self, model: CropRestorer, batch: list[tuple[Work, int]]) -> None:
+    def _batch(self, model: FaceModel, batch: list[tuple[Work, int]]) -> None:
         """One network call; if it fails, each face is tried alone and the guilty picture is named."""
         try:
             y = torch.stack([work.crops[k] for work, k in batch])

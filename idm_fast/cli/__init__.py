@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv
     try:
-        with _terminable():
+        with _terminable(), _warned():
             args = _parser(argv).parse_args(argv)
             code = int(import_module(f"idm_fast.cli.{args.verb}").run(args))
             sys.stdout.flush()  # a closed pipe shows here and not after the end
@@ -92,6 +93,25 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    """Warnings of ours are one line in our words, and not a line of source with its place."""
+    before = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, RuntimeWarning):
+            return f"idm-fast: warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -63,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nearer to it (default: the model's)",
     )  # fmt: skip
     p.add_argument("--seed", type=int, default=d.seed, help="the noise; each picture draws its own (default: 0)")
+    p.add_argument(
+        "--guidance-scale", type=float, metavar="S",
+        help="of CLR-Face models: how far a face is moved towards the identity that was recovered; 0: not at all "
+        "(default: the model's)",
+    )  # fmt: skip
 
     p = parser.add_argument_group("rule")
     add_bounds(p, "--", d.max_identity_distance, d.max_low_frequency)
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     options = CleanOptions(
         args.steps, args.sampler, args.strength, args.seed, args.max_identity_distance, args.max_low_frequency,
         args.blend, args.aligned, None if args.ext is None else args.ext.lower().removeprefix("."),
-        args.batch_size, args.device, args.dtype, args.limit,
+        args.batch_size, args.device, args.dtype, args.limit, args.guidance_scale,
     )  # fmt: skip
     with tqdm(unit="picture", file=sys.stderr, disable=None) as bar:
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from idm_fast.crops import SampleSettings
+from idm_fast.clr_face import ClrFaceRestorer
 from idm_fast.diffusion import SOLVERS
 from idm_fast.errors import IdmFastError
 from idm_fast.evaluation.baseline import denoise_and_sharpen
@@ -25,8 +25,10 @@ from idm_fast.evaluation.parts import Parts
 from idm_fast.evaluation.pictures import PictureSet, check_headers, fingerprint, load_at, picture_set
 from idm_fast.evaluation.plots import draw
 from idm_fast.evaluation.report import Report, Subject, evaluate
+from idm_fast.face_model import FaceModel
 from idm_fast.files import atomic
 from idm_fast.registry import ESTIMATORS, METHODS, Method, Target, find_files, load_models
+from idm_fast.sampling import GuidanceSettings, SampleSettings
 from idm_fast.training.data import FaceFile, list_faces
 from idm_fast.training.degradation import DEGRADATION_VERSION, LEVELS
 
@@ -49,9 +51,14 @@ examples:
   idm-fast eval --data faces --model idm-face-128                              the shipped model at its defaults
   idm-fast eval --data faces --model idm-face-128 --steps 1 2 4 8 16 --sampler ddim dpmpp_2m --plots plots
   idm-fast eval --data faces --model idm-face-128 --model runs/mine/model.safetensors --json mine.json
+  idm-fast eval --data faces --model clr.safetensors --parts vqgan prior unmasked whole    what each part does
   idm-fast eval --data faces --pictures theirs --pictures cleaned --metrics psnr lpips_alex niqe
   idm-fast eval --data faces --split val --size 64 --samples generated         of a model that draws faces
 """
+PARTS = {
+    "vqgan": "the autoencoder alone", "prior": "without guidance", "unmasked": "guided, without the mask",
+    "whole": "guided within the mask",
+}  # fmt: skip
 METRICS = (*FaceMetrics.PAIRED, *FaceMetrics.ALONE, "fd_vgg")
 _SHARP_PX = 250  # native side of the crops that are no enlargements, as in training
 
@@ -77,6 +84,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--estimator", metavar="NAME|FILE", help="of difface: what it begins with (see idm-fast restore)")
     p.add_argument("--start-index", type=int, metavar="N", help="of difface: see idm-fast restore")
     p.add_argument("--levels", nargs="+", choices=list(LEVELS), help="of degradation (default: all)")
+    p.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), metavar="PART",
+        help=f"of CLR-Face models, a row each: {'; '.join(f'{name}: {text}' for name, text in PARTS.items())} "
+        "(default: whole)",
+    )  # fmt: skip
+    p.add_argument(
+        "--guidance-scale", nargs="+", type=float, metavar="S", help="of CLR-Face models (default: the model's)"
+    )
+    p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("A", "B"), help="the guided part of the way")
+    p.add_argument("--guidance-every", type=int, metavar="K", help="a gradient at every K-th evaluation")
+    p.add_argument("--guidance-resolution", type=int, metavar="PX", help="side at which faces are recognised")
     p.add_argument("--no-baseline", action="store_true", help="leave out the denoise + sharpen rows")
     p = parser.add_argument_group("pictures")
     for flag, text in (
@@ -161,9 +179,10 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None and path.exists() and path.is_dir() != wants_folder:
             raise IdmFastError(f"--{name} must be a {'folder' if wants_folder else 'file'}, got {path}")
     if not args.model:
-        for name in ("steps", "sampler", "eta", "strength", "dtype"):
+        guidance = ("parts", "guidance_scale", "guidance_interval", "guidance_every", "guidance_resolution")
+        for name in ("steps", "sampler", "eta", "strength", "dtype", *guidance):
             if getattr(args, name) is not None:
-                raise IdmFastError(f"--{name} is of restorers and must come with --model, got none")
+                raise IdmFastError(f"--{name.replace('_', '-')} is of restorers and must come with --model, got none")
     for name in ("estimator", "start_index"):
         if args.method != "difface" and getattr(args, name) is not None:
             raise IdmFastError(f"--{name.replace('_', '-')} must come with --method difface, got {args.method}")
@@ -204,23 +223,53 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
         # Two files may hold models of one name: rounds of one training do.
         shown = name if model.config.name in taken else model.config.name
         taken.add(shown)
-        for sampler in dict.fromkeys(args.sampler or [None]):
-            for steps in dict.fromkeys(args.steps or [None]):
-                asked = SampleSettings(steps, sampler, args.eta, args.strength)
-                full = asked.resolved(model.config)
-                evaluations = model.evaluations(asked)  # and a wrong setting ends the run here
-
-                def restore(y: Tensor, seeds: Tensor, model: Any = model, asked: SampleSettings = asked) -> Tensor:
-                    restored: Tensor = model.restore(y, seeds, asked)
-                    return restored
-
-                subjects.append(Subject(shown, restore, model.steps(asked), full.sampler, evaluations))
+        if isinstance(model, ClrFaceRestorer) and "vqgan" in (args.parts or []):
+            subjects.append(_reconstruction(model, f"{shown} (vqgan)"))
+        for suffix, guidance in _guidances(args, model):
+            for sampler in dict.fromkeys(args.sampler or [None]):
+                for steps in dict.fromkeys(args.steps or [None]):
+                    asked = SampleSettings(steps, sampler, args.eta, args.strength, guidance=guidance)
+                    subjects.append(_walks(model, shown + suffix, asked))
     return subjects
 
 
 def _method(args: argparse.Namespace) -> Method:
     given = {"estimator": args.estimator, "start_index": args.start_index}
     return Method(args.method, **{name: value for name, value in given.items() if value is not None})
+
+
+def _reconstruction(model: ClrFaceRestorer, name: str) -> Subject:
+    return Subject(name, lambda y, seeds: model.reconstruct(y))
+
+
+def _walks(model: FaceModel, name: str, asked: SampleSettings) -> Subject:
+    full, evaluations = model.resolved(asked), model.evaluations(asked)  # and a wrong setting ends the run here
+
+    def restore(y: Tensor, seeds: Tensor) -> Tensor:
+        return model.restore(y, seeds, asked)
+
+    return Subject(name, restore, model.steps(asked), full.sampler, evaluations)
+
+
+def _guidances(args: argparse.Namespace, model: FaceModel) -> list[tuple[str, GuidanceSettings]]:
+    """(what the row's name says of it, how a model is guided)."""
+    interval = None if args.guidance_interval is None else tuple(args.guidance_interval)
+    scales = list(dict.fromkeys(args.guidance_scale or [None]))
+    rest = {"interval": interval, "every": args.guidance_every, "resolution": args.guidance_resolution}
+    if not isinstance(model, ClrFaceRestorer):
+        if args.parts:
+            raise IdmFastError(f"--parts must be left out: {model.config.name} is no CLR-Face model")
+        return [("", GuidanceSettings(scale, **rest)) for scale in scales]
+    found: list[tuple[str, GuidanceSettings]] = []
+    for part in dict.fromkeys(args.parts or ["whole"]):
+        if part == "prior":
+            found.append((" (prior)", GuidanceSettings(0.0)))
+        elif part != "vqgan":
+            for scale in scales:
+                said = [*([] if part == "whole" else [part]), *([] if scale is None else [f"scale {scale:g}"])]
+                settings = GuidanceSettings(scale, **rest, masked=part == "whole")
+                found.append((f" ({', '.join(said)})" if said else "", settings))
+    return found
 
 
 def _ticking(subject: Subject, bar: Any) -> Subject:
@@ -269,6 +318,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return how | {
         "models": {name: [files[str(file)] for file in find_files(name)] for name in args.model},
         "eta": args.eta, "strength": args.strength, "dtype": args.dtype, "torch_device": args.device,
+        "guidance": {
+            "scales": args.guidance_scale, "interval": args.guidance_interval, "every": args.guidance_every,
+            "resolution": args.guidance_resolution,
+        },
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from idm_fast.checkpoints.settings import from_pairs
+from idm_fast.cli.guidance import add_guidance, guidance_of
 from idm_fast.cli.inputs import collect
 from idm_fast.cli.session import Session
 from idm_fast.crops import SampleSettings
@@ -90,6 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="1 starts from pure noise, less from the noised input and so stays nearer to it (default: the model's)",
     )  # fmt: skip
 
+    add_guidance(parser)
+
     p = parser.add_argument_group("picture")
     p.add_argument("--face", choices=["all", "largest", "center"], default="all", help="which faces (default: all)")
     p.add_argument("--blend", type=float, default=1.0, help="0 keeps the input, 1 takes the restored face whole")
@@ -137,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         "respacing": args.respacing, "corrector_steps": args.corrector_steps, "corrector_snr": args.corrector_snr,
         "seed": args.seed, "face": args.face, "blend": args.blend,
         "upscale": args.upscale, "aligned": args.aligned, "batch_size": args.batch_size, "output_type": "picture",
+        **guidance_of(args),
     }  # fmt: skip
     restorer.restore([], **options)  # a wrong option ends the run here, before any work
     if args.cache_every > 1:

@@ -61,9 +61,14 @@ class Part:
         for call in self._all if quantize else self._behind_codebook:
             call()
 
+    @property
+    def range_known(self) -> bool:
+        """Whether float16 holds all that these weights give, as far as one batch of images has shown."""
+        return self.weights.dtype != torch.float16 or self._checked == self.weights.version
+
     def check_range(self, quantize: bool) -> bool:
         """At the first images of new weights in float16: whether it has run, and written over its input."""
-        if self.weights.dtype != torch.float16 or self._checked == self.weights.version:
+        if self.range_known:
             return False
         check_range(self.calls if quantize else self.calls[1:], self._tensors)
         self._checked = self.weights.version

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from idm_fast.engine.checks import check_instruction_set, check_same, check_shap
 from idm_fast.engine.graph import GraphLoop
 from idm_fast.engine.loop import EagerLoop, Loop
 from idm_fast.engine.lossy import check_reuse
-from idm_fast.engine.lower import lower
+from idm_fast.engine.lower import Lowered, lower
 from idm_fast.engine.memory import exhausted
-from idm_fast.engine.nodes import Node
+from idm_fast.engine.nodes import EightBit, Node
 from idm_fast.engine.plan import Plan
 from idm_fast.engine.precision import chosen_device, chosen_dtype
 from idm_fast.engine.surroundings import shielded
@@ -100,34 +100,12 @@ class Engine:
         """
         options = options or EngineOptions()
         place = chosen_device(device)
-        kind, quantised = chosen_dtype(dtype, place, options.backend)
-        _check(model, shape)
-        weights = options.weights or PackedWeights(model, kind, place)
-        check_shared("Engine", options.weights, options.arena, model.config, kind, place)
-        check_reuse(model.config, options.cache_every)
-        learned = table.learned_variance
-        if learned and model.config.out_channels != 2 * model.config.in_channels:
-            expected = f"{2 * model.config.in_channels} output channels for a learned variance"
-            raise IdmFastError(f"Engine: model must have {expected}, got {model.config.out_channels}")
-        reusable = options.cache_every > 1
-        lowered = lower(model, shape, kind, quantised=quantised, reusable=reusable, learned_variance=learned)
-        tables = StepTables(lowered, weights, table.evaluations)
-        tuner = Autotuner(options.autotune, options.cache)
-        arena = options.arena or Arena(place)
-        try:
-            with nullcontext() if options.backend is None else use_backend(options.backend), arena.turn():
-                tables.load(table)
-                tables.refresh()
-                tables.row.copy_(tables.rows[:1])  # to be measured, a quantised call needs its steps
-                plan = Plan(lowered, tables, weights, shape[0], arena, tuner)
-        except BackendError as error:
-            raise IdmFastError(str(error)) from None
-        except torch.OutOfMemoryError as error:
-            raise exhausted(shape, error) from None
-        tuner.save()
-        eager = EagerLoop(plan, tables, weights, options.cache_every)
-        loop = GraphLoop(eager, arena.graphs) if options.graph and arena.runtime.captures else eager
-        return cls(plan, table, weights, arena, loop)
+        made = ingredients(model, shape, table, place, *chosen_dtype(dtype, place, options.backend), options)
+        with allotted(options, made.arena, shape):
+            made.load(table)
+            plan = Plan(made.lowered, made.tables, made.weights, shape[0], made.arena, made.tuner)
+        made.tuner.save()
+        return cls(plan, table, made.weights, made.arena, loop_of(plan, options))
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -170,9 +148,10 @@ class Engine:
             if steps:
                 self._loop.setup()
                 self._guided(callback, guidance)
+                self._loop.finish()
             else:
                 self._loop.walk(self._tables.evaluations)
-            return self._plan.x.clone()
+            return self._plan.result.clone()
 
     def _guided(self, callback: Callback | None, guidance: Guidance | None) -> None:
         plan = self._plan
@@ -204,7 +183,7 @@ class Engine:
         """Puts the images where the plan reads them, and has the loop ready for a walk, or for single steps (None)."""
         plan = self._plan
         check_instruction_set("Engine", self._isa)
-        check_same("Engine", "start", start, plan.x)
+        check_same("Engine", "start", start, plan.start)
         check_same("Engine", "seeds", seeds, plan.seeds)
         if (cond is None) != (plan.cond is None):
             raise IdmFastError(f"Engine: cond must be {'none' if plan.cond is None else 'given'}, got the contrary")
@@ -220,7 +199,7 @@ class Engine:
 
     def _put(self, start: Tensor, seeds: Tensor, cond: Tensor | None) -> None:
         plan = self._plan
-        plan.x.copy_(start)
+        plan.start.copy_(start)
         plan.seeds.copy_(seeds)
         if cond is not None and plan.cond is not None:
             plan.cond.copy_(cond)
@@ -287,6 +266,63 @@ class Engine:
             self._tables.step.zero_()
             for bound in self._plan.step_calls:
                 around(bound.node, bound.call)
+
+
+class Ingredients(NamedTuple):
+    """What the plan of a walk is made of."""
+
+    lowered: Lowered
+    tables: StepTables
+    weights: PackedWeights
+    arena: Arena
+    tuner: Autotuner
+
+    def load(self, table: SamplerTable) -> None:
+        self.tables.load(table)
+        self.tables.refresh()
+        self.tables.row.copy_(self.tables.rows[:1])  # to be measured, a quantised call needs its steps
+
+
+def ingredients(
+    model: UNet,
+    shape: Shape,  # of what the network works on
+    table: SamplerTable,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantised: EightBit | None,
+    options: EngineOptions,
+) -> Ingredients:
+    """Raises ``IdmFastError`` as ``Engine.compile`` does."""
+    _check(model, shape)
+    check_shared("Engine", options.weights, options.arena, model.config, dtype, device)
+    weights = options.weights or PackedWeights(model, dtype, device)
+    check_reuse(model.config, options.cache_every)
+    learned = table.learned_variance
+    if learned and model.config.out_channels != 2 * model.config.in_channels:
+        expected = f"{2 * model.config.in_channels} output channels for a learned variance"
+        raise IdmFastError(f"Engine: model must have {expected}, got {model.config.out_channels}")
+    reusable = options.cache_every > 1
+    lowered = lower(model, shape, dtype, quantised=quantised, reusable=reusable, learned_variance=learned)
+    tables = StepTables(lowered, weights, table.evaluations)
+    tuner = Autotuner(options.autotune, options.cache)
+    return Ingredients(lowered, tables, weights, options.arena or Arena(device), tuner)
+
+
+@contextmanager
+def allotted(options: EngineOptions, arena: Arena, shape: Shape) -> Iterator[None]:
+    """Plans are bound inside: with the back ends that are asked for, and errors in our words."""
+    try:
+        with nullcontext() if options.backend is None else use_backend(options.backend), arena.turn():
+            yield
+    except BackendError as error:
+        raise IdmFastError(str(error)) from None
+    except torch.OutOfMemoryError as error:
+        raise exhausted(shape, error) from None
+
+
+def loop_of(plan: Plan, options: EngineOptions) -> Loop:
+    eager = EagerLoop(plan, options.cache_every)
+    return GraphLoop(eager, plan.arena.graphs) if options.graph and plan.arena.runtime.captures else eager
 
 
 def _check(model: UNet, shape: Shape) -> None:

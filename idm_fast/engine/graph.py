@@ -1,9 +1,9 @@
 """A plan as CUDA graphs: the whole walk in one, or, where that would be too large, one step that is replayed.
 
-A walk's graph holds the step counter's reset, the time table, the condition half and all evaluations, so a run is the
-copies of its images and one launch. Nothing in it depends on the host: coefficients and times lie in tables that
-``use_table`` writes, weights are read where they lie. Another number of evaluations is another graph, other numbers in
-the tables or weights are not.
+A walk's graph holds the step counter's reset, the time table, the condition half and all evaluations; of a latent walk
+the encoder and the decoder too. So a run is the copies of its images and one launch. Nothing in it depends on the host:
+coefficients and times lie in tables that ``use_table`` writes, weights are read where they lie. Another number of
+evaluations is another graph, other numbers in the tables or weights are not.
 
 Not used, and why: a conditional WHILE node would make the graph of any walk as small as one step's, but torch has no
 way to capture one (only IF nodes, under private names), and beyond the bound a launch per step is a part of a per cent
@@ -53,6 +53,10 @@ class GraphLoop:
         self.pool.replay(self._owner, ("step", int(self.eager.reuses(e))))
         self.eager.moved(e + 1)
 
+    def finish(self) -> None:
+        if self.eager.plan.finishes:
+            self.pool.replay(self._owner, ("finish", 0))
+
     def walk(self, evaluations: int) -> None:
         keys = self._keys(evaluations)
         if len(keys) == 1:
@@ -62,6 +66,7 @@ class GraphLoop:
         self.setup()
         for e in range(evaluations):
             self.step(e)
+        self.finish()
 
     def moved(self, to: int) -> None:
         self.eager.moved(to)
@@ -70,12 +75,15 @@ class GraphLoop:
         calls = len(self.eager.plan.step_calls)
         if evaluations is not None and evaluations * calls <= self.most_calls:
             return [("walk", evaluations)]
-        return [("setup", 0), ("step", 0), *([("step", 1)] if self.eager.cache_every > 1 else [])]
+        finish: list[Key] = [("finish", 0)] if self.eager.plan.finishes else []
+        return [("setup", 0), ("step", 0), *([("step", 1)] if self.eager.cache_every > 1 else []), *finish]
 
     def _work(self, key: Key) -> Callable[[], object]:
         kind, number = key
         if kind == "step":
             return lambda: self.eager.plan.step(bool(number))
+        if kind == "finish":
+            return self.eager.plan.finish
         return self._setup if kind == "setup" else lambda: self._walk(number)
 
     def _setup(self) -> None:
@@ -87,6 +95,7 @@ class GraphLoop:
         self._setup()
         for e in range(evaluations):
             self.eager.plan.step(self.eager.reuses(e))
+        self.eager.plan.finish()
 
     def _once(self) -> None:
         """Every call that any graph of the plan holds."""

@@ -15,8 +15,8 @@ from idm_fast.errors import IdmFastError
 
 MOST_BYTES = 2**30  # of a pool's graphs; the one in use may be larger
 
-# ("walk", evaluations), ("setup", 0), ("step", 0) or, reusing the inner levels, ("step", 1); of an autoencoder
-# ("encode", 0), ("decode", 0) and, without its codebook, ("decode_as_is", 0).
+# ("walk", evaluations), ("setup", 0), ("step", 0) or, reusing the inner levels, ("step", 1), and of latents
+# ("finish", 0); of an autoencoder ("encode", 0), ("decode", 0) and, without its codebook, ("decode_as_is", 0).
 Key = tuple[str, int]
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-
 from idm_fast.engine.plan import Plan
-from idm_fast.engine.precision import check_range
-from idm_fast.engine.tables import StepTables
-from idm_fast.engine.weights import PackedWeights
 
 
 class Loop(Protocol):
-    """``setup`` and then ``step`` for e = 0, 1, ..., or ``walk`` for all of it, on images that lie in the plan."""
+    """``setup``, then ``step`` for e = 0, 1, ... and ``finish``, or ``walk`` for all of it, on images that lie in the
+    plan."""
 
     def prepare(self, evaluations: int | None) -> bool:
         """Once the images lie there: ready for a walk of so many evaluations, or for single steps (None).
@@ -25,6 +21,8 @@ class Loop(Protocol):
 
     def step(self, e: int) -> None: ...
 
+    def finish(self) -> None: ...
+
     def walk(self, evaluations: int) -> None: ...
 
     def moved(self, to: int) -> None:
@@ -34,19 +32,15 @@ class Loop(Protocol):
 class EagerLoop:
     """``cache_every`` k: all but every k-th step reuse what the inner levels gave last (lossy for k > 1)."""
 
-    def __init__(self, plan: Plan, tables: StepTables, weights: PackedWeights, cache_every: int = 1) -> None:
-        self.plan, self.tables, self.weights, self.cache_every = plan, tables, weights, cache_every
+    def __init__(self, plan: Plan, cache_every: int = 1) -> None:
+        self.plan, self.tables, self.cache_every = plan, plan.tables, cache_every
         self._at = -1  # what the step counter says; -1: unknown
 
     def prepare(self, evaluations: int | None) -> bool:
-        if self.weights.dtype != torch.float16 or self.weights.range_checked == self.weights.version:
-            return False
-        self.tables.refresh()
-        self.tables.step.zero_()
-        self._at = -1
-        check_range([*self.plan.setup_calls, *self.plan.step_calls], self.plan.buffers.tensors)
-        self.weights.range_checked = self.weights.version
-        return True
+        ran = self.plan.check_range()
+        if ran:
+            self._at = -1
+        return ran
 
     def reuses(self, e: int) -> bool:
         return e % self.cache_every != 0
@@ -62,6 +56,9 @@ class EagerLoop:
         self.plan.step(self.reuses(e))
         self._at = e + 1
 
+    def finish(self) -> None:
+        self.plan.finish()
+
     def moved(self, to: int) -> None:
         self._at = to
 
@@ -75,3 +72,4 @@ class EagerLoop:
         self.setup()
         for e in range(evaluations):
             self.step(e)
+        self.finish()

