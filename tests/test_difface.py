@@ -221,7 +221,7 @@ def test_estimators_by_name_and_file(tiny_model: Path, prior_file: Path, tmp_pat
         IdmFastError, match=r"estimator must be bicubic or a model, and a model must be .*, got 'nobody'"
     ):
         load_estimator("nobody", target)
-    with pytest.raises(IdmFastError, match="model must be a diffusion U-Net to restore with, got a SwinIR"):
+    with pytest.raises(IdmFastError, match="diffusion U-Net or a CLR-Face to restore with, got a SwinIR"):
         load_models(tmp_path / "swinir.pth", target)
 
 

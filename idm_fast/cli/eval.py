@@ -51,7 +51,7 @@ examples:
   idm-fast eval --data faces --model idm-face-128                              the shipped model at its defaults
   idm-fast eval --data faces --model idm-face-128 --steps 1 2 4 8 16 --sampler ddim dpmpp_2m --plots plots
   idm-fast eval --data faces --model idm-face-128 --model runs/mine/model.safetensors --json mine.json
-  idm-fast eval --data faces --model clr.safetensors --parts vqgan prior unmasked whole    what each part does
+  idm-fast eval --data faces --model clr.safetensors --parts vqgan prior unmasked whole
   idm-fast eval --data faces --pictures theirs --pictures cleaned --metrics psnr lpips_alex niqe
   idm-fast eval --data faces --split val --size 64 --samples generated         of a model that draws faces
 """

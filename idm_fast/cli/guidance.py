@@ -9,8 +9,8 @@ from typing import Any
 def add_guidance(parser: argparse.ArgumentParser) -> None:
     p = parser.add_argument_group(
         "identity guidance",
-        "of CLR-Face models: estimates on the way are moved so that recognition sees whom the degraded face shows. "
-        "Needs the recognition weights (package face-recognition-models); without them a model restores unguided",
+        "of CLR-Face models: estimates on the way are moved so that recognition sees whom the degraded\n"
+        "face shows. Needs the package face-recognition-models; a model restores unguided without it",
     )
     some = p.add_mutually_exclusive_group()
     some.add_argument(
