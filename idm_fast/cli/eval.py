@@ -51,13 +51,13 @@ examples:
   idm-fast eval --data faces --model idm-face-128                              the shipped model at its defaults
   idm-fast eval --data faces --model idm-face-128 --steps 1 2 4 8 16 --sampler ddim dpmpp_2m --plots plots
   idm-fast eval --data faces --model idm-face-128 --model runs/mine/model.safetensors --json mine.json
-  idm-fast eval --data faces --model clr.safetensors --parts vqgan prior unmasked whole
+  idm-fast eval --data faces --model clr.safetensors --parts vqgan unguided unmasked masked
   idm-fast eval --data faces --pictures theirs --pictures cleaned --metrics psnr lpips_alex niqe
   idm-fast eval --data faces --split val --size 64 --samples generated         of a model that draws faces
 """
 PARTS = {
-    "vqgan": "the autoencoder alone", "prior": "without guidance", "unmasked": "guided, without the mask",
-    "whole": "guided within the mask",
+    "vqgan": "the autoencoder alone", "unguided": "with the prior", "unmasked": "guided, everywhere",
+    "masked": "guided within the mask, the whole model",
 }  # fmt: skip
 METRICS = (*FaceMetrics.PAIRED, *FaceMetrics.ALONE, "fd_vgg")
 _SHARP_PX = 250  # native side of the crops that are no enlargements, as in training
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--parts", nargs="+", choices=list(PARTS), metavar="PART",
         help=f"of CLR-Face models, a row each: {'; '.join(f'{name}: {text}' for name, text in PARTS.items())} "
-        "(default: whole)",
+        "(default: masked)",
     )  # fmt: skip
     p.add_argument(
         "--guidance-scale", nargs="+", type=float, metavar="S", help="of CLR-Face models (default: the model's)"
@@ -261,13 +261,13 @@ def _guidances(args: argparse.Namespace, model: FaceModel) -> list[tuple[str, Gu
             raise IdmFastError(f"--parts must be left out: {model.config.name} is no CLR-Face model")
         return [("", GuidanceSettings(scale, **rest)) for scale in scales]
     found: list[tuple[str, GuidanceSettings]] = []
-    for part in dict.fromkeys(args.parts or ["whole"]):
-        if part == "prior":
-            found.append((" (prior)", GuidanceSettings(0.0)))
+    for part in dict.fromkeys(args.parts or ["masked"]):
+        if part == "unguided":
+            found.append((" (unguided)", GuidanceSettings(0.0)))
         elif part != "vqgan":
             for scale in scales:
-                said = [*([] if part == "whole" else [part]), *([] if scale is None else [f"scale {scale:g}"])]
-                settings = GuidanceSettings(scale, **rest, masked=part == "whole")
+                said = [*([part] if args.parts else []), *([] if scale is None else [f"scale {scale:g}"])]
+                settings = GuidanceSettings(scale, **rest, masked=part == "masked")
                 found.append((f" ({', '.join(said)})" if said else "", settings))
     return found
 
