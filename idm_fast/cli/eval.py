@@ -59,6 +59,7 @@ PARTS = {
     "vqgan": "the autoencoder alone", "unguided": "with the prior", "unmasked": "guided, everywhere",
     "masked": "guided within the mask, the whole model",
 }  # fmt: skip
+_OF_GUIDANCE = ("parts", "guidance_scale", "guidance_interval", "guidance_every", "guidance_resolution")
 METRICS = (*FaceMetrics.PAIRED, *FaceMetrics.ALONE, "fd_vgg")
 _SHARP_PX = 250  # native side of the crops that are no enlargements, as in training
 
@@ -179,8 +180,7 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None and path.exists() and path.is_dir() != wants_folder:
             raise IdmFastError(f"--{name} must be a {'folder' if wants_folder else 'file'}, got {path}")
     if not args.model:
-        guidance = ("parts", "guidance_scale", "guidance_interval", "guidance_every", "guidance_resolution")
-        for name in ("steps", "sampler", "eta", "strength", "dtype", *guidance):
+        for name in ("steps", "sampler", "eta", "strength", "dtype", *_OF_GUIDANCE):
             if getattr(args, name) is not None:
                 raise IdmFastError(f"--{name.replace('_', '-')} is of restorers and must come with --model, got none")
     for name in ("estimator", "start_index"):
@@ -214,6 +214,7 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
     if not args.no_baseline:
         subjects.append(Subject("denoise + sharpen", lambda y, seeds: denoise_and_sharpen(y)))
     taken: set[str] = set()
+    guided = False
     for name in dict.fromkeys(args.model):
         models = load_models(name, Target(args.device, args.dtype), _method(args))
         fitting = [model for model in models if model.size == args.size]
@@ -230,6 +231,10 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
                 for steps in dict.fromkeys(args.steps or [None]):
                     asked = SampleSettings(steps, sampler, args.eta, args.strength, guidance=guidance)
                     subjects.append(_walks(model, shown + suffix, asked))
+        guided |= isinstance(model, ClrFaceRestorer)
+    for name in () if guided else _OF_GUIDANCE:
+        if getattr(args, name) is not None:
+            raise IdmFastError(f"--{name.replace('_', '-')} must come with a CLR-Face model, got none")
     return subjects
 
 
@@ -257,9 +262,7 @@ def _guidances(args: argparse.Namespace, model: FaceModel) -> list[tuple[str, Gu
     scales = list(dict.fromkeys(args.guidance_scale or [None]))
     rest = {"interval": interval, "every": args.guidance_every, "resolution": args.guidance_resolution}
     if not isinstance(model, ClrFaceRestorer):
-        if args.parts:
-            raise IdmFastError(f"--parts must be left out: {model.config.name} is no CLR-Face model")
-        return [("", GuidanceSettings(scale, **rest)) for scale in scales]
+        return [("", GuidanceSettings())]
     found: list[tuple[str, GuidanceSettings]] = []
     for part in dict.fromkeys(args.parts or ["masked"]):
         if part == "unguided":

