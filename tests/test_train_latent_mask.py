@@ -151,6 +151,8 @@ def test_parts_that_do_not_fit_are_named(settings: LatentMaskSettings) -> None:
         LatentMaskTrainer(replace(settings, vqgan=other))
     with pytest.raises(IdmFastError, match=r"prior\.safetensors: must hold a network of kind irn, got unet"):
         LatentMaskTrainer(replace(settings, irn=settings.prior))
+    with pytest.raises(IdmFastError, match=r"interval must hold one of the prior's 2 evaluations, .* \(0\.6"):
+        LatentMaskTrainer(replace(settings, guidance_interval=(0.6, 1.0)))
     for changed, message in (
         ({"guidance_scale": 0.0}, "guidance_scale must be a number above 0, got 0.0"),
         ({"val_faces": 0}, "val_faces must be >= 1, got 0"),

@@ -88,6 +88,11 @@ class LatentMaskTrainer(Loop[ClrFaceConfig, LatentMask]):
         self.guided = Guidance(torch.zeros_like, c.guidance_scale, settings.guidance_interval).guided(
             self.table.evaluations
         )
+        if not self.guided:
+            raise IdmFastError(
+                f"guidance_interval must hold one of the prior's {self.table.evaluations} evaluations, which lie at 0, "
+                f"{1 / self.table.evaluations:.3g}, ... of the way, got {settings.guidance_interval}"
+            )
         self._validation: GuidedValidation | None = None
         self._unmasked: dict[str, Tensor] = {}  # validation faces by the ways that no mask changes
         self.resume()
