@@ -93,6 +93,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     settings: LatentPriorSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the term of pictures; and the scale stays that of the run, also where the data have changed."""
+    monkeypatch.setattr(LatentPriorTrainer, "_draw", lambda self, path: None)  # it changes nothing, and takes its time
     settings = replace(settings, loss=ALEX, precision="bf16")
     whole = replace(settings, out=settings.out.with_name("whole"))
     LatentPriorTrainer(whole).run()
