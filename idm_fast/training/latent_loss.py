@@ -29,7 +29,7 @@ class LatentLossWeights:
     """
 
     mse: float = 1.0
-    lpips_alex: float = 0.5
+    lpips_alex: float = 1.0
     lpips_vgg: float = 0.0
     decoded: float = 0.25
     vgg_crop: int = 64

@@ -38,8 +38,8 @@ class LatentValidation:
 
     def measure(self, prior: UNet, config: ModelConfig) -> tuple[dict[str, float], dict[int, Tensor]]:
         """(figures, restored faces by their number of steps). Figures are means: ``psnr_4`` in dB and ``lpips_4``
-        (AlexNet) of four steps; ``_degraded`` of the degraded faces; ``_vqgan`` of the clean ones encoded and decoded,
-        which no prior can pass.
+        (AlexNet) of four steps; ``_degraded`` of the degraded faces; ``_vqgan`` of the clean ones encoded and decoded:
+        what the autoencoder itself loses.
         """
         if self._known is None:
             self._known = self._figures("degraded", self.degraded)
