@@ -13,7 +13,7 @@ from idm_fast.files import atomic
 
 _KEYS = {"step", "seconds", "settings"}
 # Settings that may change between two parts of a run without making it another run.
-_FREE = {"out", "steps", "workers", "save_every", "sheet_every", "data", "init_from", "vqgan"}
+_FREE = {"out", "steps", "workers", "save_every", "sheet_every", "data", "init_from", "vqgan", "prior", "irn"}
 
 
 class Stateful(Protocol):
