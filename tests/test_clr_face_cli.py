@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from test_clr_face import FakeRecognition
 from tiny_clr_face import CONFIG, tiny_clr_face
 
 from idm_fast import clr_face
+from idm_fast.bench.work import autoencoder_layers, layers, total_flops
 from idm_fast.checkpoints import native
 from idm_fast.cli import main
+from idm_fast.config import preset
+from idm_fast.config_clr_face import clr_face_preset
 from idm_fast.errors import IdmFastError
 from idm_fast.models.irn import Irn
 from idm_fast.registry import Method, Target, load_models
@@ -119,6 +124,35 @@ def test_eval_refuses_parts_of_what_has_none(tiny_model: Path, crops: Path, caps
     command = ["eval", "--data", str(crops), "--size", "32", "--metrics", "psnr", "--model", str(tiny_model)]
     assert main([*command, "--parts", "vqgan"]) == 2
     assert "--parts must come with a CLR-Face model, got none" in capsys.readouterr().err
+
+
+def test_the_benchmark_has_a_row_for_each(
+    model: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    bench = importlib.import_module("clr_face")
+    command = ["--clr-face", str(model), "--idm", str(tiny_model), "--steps", "2", "--seconds", "0", "--threads", "1"]
+    before = torch.get_num_threads()
+    try:
+        assert bench.main([*command, "--device", "cpu", "--guided", "--guidance-resolution", "16"]) == 0
+    finally:
+        torch.set_num_threads(before)
+        sys.modules.pop("clr_face")
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["tiny-face", "2"], ["tiny", "2"], ["tiny-face, guided, every 1, 16 px", "2"]]
+    assert rows[2][2] == "-"
+
+
+def test_the_work_of_the_preset() -> None:
+    """Less than idm-128 even in one step, as the whole was designed."""
+    config = clr_face_preset("clr-face-128")
+    ends = total_flops(autoencoder_layers(config.vqgan, 1, 128, 128))
+    step = total_flops(layers(config.prior.unet, 1, 32, 32))
+    assert ends + step < total_flops(layers(preset("idm-128").unet, 1, 128, 128))
+    assert round(step / 1e9, 1) == 2.8
+    assert 2 * sum(p.numel() for p in tiny_clr_face(config).parameters()) < 14e6
+    with pytest.raises(IdmFastError, match="preset must be one of"):
+        clr_face_preset("clr-face-1")
 
 
 def test_restorer_and_the_registry(model: Path) -> None:

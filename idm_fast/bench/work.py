@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from idm_fast.config import UNetConfig
+from idm_fast.config_vqgan import VqganConfig
 from idm_fast.models.blocks import Attention
 from idm_fast.models.unet import UNet
+from idm_fast.models.vqgan import Vqgan
 
 ONCE_A_RUN = ("time.", "label", ".embed")  # functions of the time, for all steps at once before the first
 
@@ -61,6 +63,17 @@ def count(model: nn.Module, *inputs: Any) -> tuple[Layer, ...]:
         for handle in hooks:
             handle.remove()
     return tuple(found)
+
+
+def autoencoder_layers(config: VqganConfig, batch: int, height: int, width: int) -> tuple[Layer, ...]:
+    """Every layer of encoding and decoding once; the search of the codes is none."""
+    with torch.device("meta"), torch.enable_grad():
+        model, side = Vqgan(config), (height // config.factor, width // config.factor)
+        x = torch.empty(batch, config.in_channels, height, width)
+        z, latent = (torch.empty(batch, c, *side) for c in (config.z_channels, config.embed_channels))
+        parts = ("encoder", x), ("to_latent", z), ("from_latent", latent), ("decoder", z)
+        found = [count(getattr(model, name), given) for name, given in parts]
+    return tuple(layer for part in found for layer in part)
 
 
 def total_flops(found: Iterable[Layer]) -> int:
