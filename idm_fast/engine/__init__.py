@@ -9,7 +9,7 @@ loop.py       a walk call by call                     graph.py       a walk as C
 surroundings.py  what callers set for torch code of their own     lossy.py  8-bit tiers, reuse
 writer.py     what nodes are written with             lower_vqgan.py  the same for a VQGAN
 engine.py     ``Engine``: compile, run, memory        autoencoder.py ``AutoencoderEngine``: encode, decode
-checks.py     what both ask of those who use them
+checks.py     what all ask of those who use them  latent.py      ``LatentEngine``: encoder, walk, decoder as one
 """
 
 from idm_fast.engine.autoencoder import AutoencoderEngine
