@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from idm_fast import clr_face
 from idm_fast.clr_face import ClrFaceRestorer
 from idm_fast.crops import CropRestorer
+from idm_fast.diffusion import initial_noise
+from idm_fast.engine import EngineOptions, latent
+from idm_fast.engine.buffers import Arena
+from idm_fast.engine.latent import compile_latent
 from idm_fast.errors import IdmFastError
 from idm_fast.models.irn import Irn
 from idm_fast.sampling import GuidanceSettings, SampleSettings, guidance_settings
@@ -225,6 +229,43 @@ def test_memory_and_the_autoencoder_alone() -> None:
     with torch.no_grad():
         expected = module.vqgan(y).clamp(-1, 1)
     torch.testing.assert_close(restorer.reconstruct(y), expected, rtol=0, atol=1e-4)
+
+
+def test_lossy_tiers_are_the_prior_s() -> None:
+    y, settings = _crops(2), replace(FREE, steps=4)
+    expected = _restorer().restore(y, SEEDS[:2], settings)
+    for dtype, every in (("int8", 1), ("fp32", 2)):
+        restorer = ClrFaceRestorer(CONFIG, tiny_clr_face(), CPU, dtype, cache_every=every)
+        got = restorer.restore(y, SEEDS[:2], settings)
+        assert 0 < (got - expected).square().mean() < 0.3 * expected.var()
+        with pytest.raises(IdmFastError, match="without the engine, got"):
+            ClrFaceRestorer(CONFIG, tiny_clr_face(), CPU, dtype, engine=False, cache_every=every)
+
+
+def test_the_range_of_float16_is_looked_at_in_all_three_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU is not offered float16: here it stands for a GPU."""
+    table = _restorer().table(SampleSettings(2, "ddim"))
+    module, y, seeds = tiny_clr_face(), _crops(2), SEEDS[:2]
+    start = initial_noise(seeds, (2, 4, 8, 8), CPU)
+
+    def run(runtime: FakeRuntime | None = None) -> Tensor:
+        options = EngineOptions(backend="torch", arena=None if runtime is None else Arena(CPU, runtime))
+        return compile_latent(module.vqgan, module.prior, (2, 32, 32), table, options=options).run(start, seeds, y)
+
+    expected = _restorer().restore(y, seeds, replace(FREE, steps=2, sampler="ddim"))
+    monkeypatch.setattr(latent, "chosen_dtype", lambda *_: (torch.float16, None))
+    got = run()
+    assert 0 < (got - expected).square().mean() < 0.05 * expected.var()
+    assert torch.equal(run(FakeRuntime()), got)
+    for part, layer in (
+        (module.vqgan.encoder, r"encoder\.stem"),
+        (module.prior, "stem"),
+        (module.vqgan.decoder, r"decoder\.stem"),
+    ):
+        part.stem.weight.mul_(1e7)
+        with pytest.raises(IdmFastError, match=rf"fp16: values of {layer}.* must stay within .*; use bf16"):
+            run()
+        part.stem.weight.div_(1e7)
 
 
 def test_on_a_device_a_free_walk_is_one_graph_and_a_guided_one_its_pieces() -> None:
