@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 import secrets
@@ -24,6 +25,7 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
     place cannot be written.
     """
     temporary: Path | None = None
+    held = -1
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "Is a directory")
@@ -32,7 +34,9 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
         # In the same folder, because a rename is atomic only within one file system.
         # Named before it is made: a signal between the two finds nothing, or what it removes.
         temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(_TOKEN // 2)}{path.suffix}")
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        held = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with suppress(OSError):  # on a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill gives it up: see ``clear_unfinished``
         yield temporary
         temporary.chmod(_mode(path))
         os.replace(temporary, path)
@@ -42,12 +46,16 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        if held >= 0:
+            os.close(held)
 
 
 def clear_unfinished(path: Path) -> None:
-    """Removes what killed writers of ``path`` left beside it; to be called where no other can be writing there."""
-    for left in path.parent.glob(f".{glob.escape(path.stem[:40])}.{'?' * _TOKEN}{glob.escape(path.suffix)}"):
-        with suppress(OSError):
+    """Removes what killed writers of ``path`` left beside it; the file of one that is still writing stays."""
+    names = f".{glob.escape(path.stem[:40])}.{'[0-9a-f]' * _TOKEN}{glob.escape(path.suffix)}"
+    for left in path.parent.glob(names):
+        with suppress(OSError), left.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where a writer holds it
             left.unlink()
 
 

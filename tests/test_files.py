@@ -63,5 +63,11 @@ def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
         pass
     temporary.touch()  # a name that ``atomic`` itself has given
     other.touch()
-    files.clear_unfinished(path)
-    assert sorted(tmp_path.iterdir()) == [other, path]
+    foreign = tmp_path / ".state.old-back.pt"  # as long, but no name of ours
+    foreign.touch()
+    with files.atomic(path) as temporary:
+        temporary.write_text("half")
+        files.clear_unfinished(path)  # by another run in the same folder
+        assert temporary.exists()
+    assert sorted(tmp_path.iterdir()) == [foreign, other, path]
+    assert path.read_text() == "half"

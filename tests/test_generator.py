@@ -100,7 +100,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 def test_what_a_kill_left_unfinished_is_removed(settings: GeneratorSettings) -> None:
     """A state is eight times as large as the model, and every kill may leave one."""
     settings.out.mkdir()
-    left = [settings.out / name for name in (".state.abcdefgh.pt", ".model.abcdefgh.safetensors")]
+    left = [settings.out / name for name in (".state.abcdef01.pt", ".model.abcdef01.safetensors")]
     foreign = settings.out / ".state.pt"
     for path in (*left, foreign):
         path.write_bytes(b"half")

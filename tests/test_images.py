@@ -83,6 +83,17 @@ def test_quick_png_loses_nothing(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(packed))), samples)
 
 
+def test_what_an_encoder_refuses_is_of_its_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cleaner goes on with the others: an ``OSError`` would pass for a full disk, or end the run."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError("encoder error -2")
+
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    with pytest.raises(IdmFastError, match=r"^x\.jpg: cannot be encoded as JPEG: encoder error -2$"):
+        encode_image(picture_from_array(noise(4, 4, 3)), "x.jpg")
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_and_reset(tmp_path: Path, orientation: int) -> None:
     upright = noise(5, 7, 3)

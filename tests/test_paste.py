@@ -90,6 +90,14 @@ def test_colour_match_takes_the_pictures_colours() -> None:
     assert np.abs(paste(pixels, [shifted], [face], color="none") - pixels).max() > 0.1
 
 
+def test_a_callers_autocast_changes_nothing() -> None:
+    pixels, face = texture(200, 240), face_at(120, 100, 150)
+    crop = softened(crop_face(pixels, face, 64))
+    expected = paste(pixels, [crop], [face])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(paste(pixels, [crop], [face]), expected)
+
+
 def test_blend_is_linear() -> None:
     pixels = texture(300, 300)
     face = face_at(150, 150, 128)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from idm_fast.errors import IdmFastError
-from idm_fast.training.data import FaceFile, FacePairs, UnreadableError, list_faces, load_crop, to_tensor
+from idm_fast.training.data import FaceFile, FacePairs, UnreadableError, fingerprint, list_faces, load_crop, to_tensor
 
 
 def _save(path: Path, width: int, height: int = 0, seed: int = 0) -> Path:
@@ -222,3 +222,17 @@ def test_a_broken_table_is_named(tmp_path: Path, text: str, message: str) -> Non
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(IdmFastError, match="none: must be a folder of aligned faces or photographs, got nothing"):
         list_faces(tmp_path / "none", "train")
+
+
+def test_faces_outside_of_their_tables_folder(tmp_path: Path) -> None:
+    """A table may name its pictures from the root: a run that is resumed knows them by that."""
+    (tmp_path / "table").mkdir()
+    inner, outer = _save(tmp_path / "table" / "a.png", 16), _save(tmp_path / "b.png", 16, seed=1)
+    (tmp_path / "table" / "faces.csv").write_text(f"file,split,native_px\na.png,train,200\n{outer},train,200\n")
+    faces = list_faces(tmp_path / "table", "train")
+    assert [face.path for face in faces] == [inner, outer]
+    before = fingerprint(faces, tmp_path / "table")
+    _save(outer, 20)
+    after = fingerprint(faces, tmp_path / "table")
+    assert before["faces"] == after["faces"]
+    assert before["bytes"] != after["bytes"]

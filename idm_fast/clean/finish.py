@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from idm_fast.clean.work import Setup, Work
 
 _numbers = itertools.count()
+_HERE = secrets.token_hex(4)  # a process on another machine may have the same number
 
 
 @dataclass
@@ -161,7 +163,7 @@ def place(out: Path, output: str, data: bytes) -> int:
     ``DiskError`` where it cannot be written.
     """
     target = out / output
-    part = parts_folder(out) / f"{os.getpid()}-{next(_numbers)}{PurePosixPath(output).suffix}"
+    part = parts_folder(out) / f"{_HERE}-{os.getpid()}-{next(_numbers)}{PurePosixPath(output).suffix}"
     try:
         part.write_bytes(data)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import csv
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from idm_fast.clean import manifest
 from idm_fast.clean.finish import repeated
@@ -113,34 +113,57 @@ class _Run:
     def _resume(self) -> None:
         """Takes over what earlier runs did, as far as it is still true; the rest is taken out of the manifest."""
         tasks = {task.name: task for task in self.tasks}
-        stale = set()
+        stale: set[str] = set()
+        held: set[str] = set()
+        outdated: set[str] = set()
         for record in manifest.scan(self.path):
             task = tasks.get(record["file"])
-            if not self._holds(record, task):
-                stale.add(record["file"])
-            elif task is not None:
-                self._note(record)
+            there = record["result"] != "failed" and self._is_there(record)
+            changed = there and task is not None and self._is_changed(record, task)
+            if there and not changed:
+                held.add(record["output"])
+                if task is not None:
+                    self._note(record)
+                continue
+            stale.add(record["file"])
+            if changed and task is not None and task.length >= 0:  # and not just out of reach
+                outdated.add(record["output"])
+        # What is made of an original now may have another name, or fail; gone before the manifest forgets it.
+        for output in outdated - held:
+            self._remove(output)
         if stale:
             manifest.rewrite(self.path, stale)
         self.summary.before = self.summary.done
 
-    def _holds(self, record: Record, task: Task | None) -> bool:
-        """Whether a record's file is there as it says, and of the picture as it is now."""
-        if record["result"] == "failed":
-            return False
-        if task is not None and (record.get("bytes"), record.get("asked")) != (task.length, task.asked):
-            return False
-        if task is not None and record.get("mtime_ns", task.mtime_ns) != task.mtime_ns:
-            # Written since, or a copy of the whole folder: only then is it read.
-            try:
-                if content_digest((self.setup.source / task.name).read_bytes()) != record.get("digest"):
-                    return False
-            except OSError:
-                return False
+    def _is_there(self, record: Record) -> bool:
+        """Whether a record's file is as it says."""
         try:
             return (self.setup.out / str(record["output"])).stat().st_size == int(record["output_bytes"])
         except OSError:
             return False
+
+    def _is_changed(self, record: Record, task: Task) -> bool:
+        """Whether a picture is another one than when its record was written, or is to be treated otherwise."""
+        if (record.get("bytes"), record.get("asked")) != (task.length, task.asked):
+            return True
+        if record.get("mtime_ns", task.mtime_ns) == task.mtime_ns:  # a record of before has none
+            return False
+        try:  # written since, or a copy of the whole folder: only then is it read
+            return content_digest((self.setup.source / task.name).read_bytes()) != record.get("digest")
+        except OSError:  # what cannot be read now was not seen to change
+            return False
+
+    def _remove(self, output: str) -> None:
+        place = PurePosixPath(output)
+        if place.is_absolute() or ".." in place.parts:
+            return
+        try:
+            (self.setup.out / place).unlink(missing_ok=True)
+        except OSError as error:
+            why = error.strerror or error
+            raise manifest.DiskError(
+                f"{self.setup.out / place}: cannot be removed, and is of an original that changed: {why}"
+            ) from None
 
     def _note(self, record: Record) -> None:
         self.results[record["file"]] = (record["result"], record.get("output"))

@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     restorer.restore([], **options)  # a wrong option ends the run here, before any work
     if args.cache_every > 1:
-        asked = SampleSettings(args.steps, args.sampler, args.eta, args.strength, args.respacing)
+        asked = SampleSettings(args.steps, args.sampler, args.eta, args.strength, args.respacing, args.corrector_steps)
         skips = any(model.evaluations(asked) > 1 for model in restorer.models)
         said = f"is lossy: {REUSE_COST}" if skips else "changes nothing where the network runs once"
         print(f"idm-fast: --cache-every {args.cache_every} {said}", file=sys.stderr)

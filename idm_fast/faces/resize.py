@@ -23,12 +23,13 @@ def resize_crops(
     matrix, and then to all crops of that size.
     """
     matrix = torch.from_numpy(_matrix(images.shape[-1], size, mode, antialias))
-    return matrix @ (images @ matrix.T) if size < images.shape[-1] else (matrix @ images) @ matrix.T
+    with torch.autocast("cpu", enabled=False):  # unlike a filter's, a product's numbers would be rounded by it
+        return matrix @ (images @ matrix.T) if size < images.shape[-1] else (matrix @ images) @ matrix.T
 
 
 @lru_cache(maxsize=32)
 def _matrix(before: int, after: int, mode: str, antialias: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
     """[after, before]; an array, since a tensor made in inference mode could not serve a training step."""
-    unit = torch.eye(before)[None, None]
+    unit = torch.eye(before, dtype=torch.float32, device="cpu")[None, None]
     resized = F.interpolate(unit, size=(after, before), mode=mode, antialias=antialias, align_corners=False)
     return resized[0, 0].numpy()

@@ -58,7 +58,10 @@ def encode_image(picture: Picture, path: str | Path, *, quality: int = 95) -> by
     path = Path(path)
     samples, picture, _ = _prepared(picture, path)
     file = io.BytesIO()
-    _encode(file, samples, picture, output_format(path), quality, quick=True)
+    try:
+        _encode(file, samples, picture, output_format(path), quality, quick=True)
+    except OSError as error:  # the encoder's own: no disk has a part in it
+        raise IdmFastError(f"{path}: cannot be encoded as {output_format(path)}: {error}") from None
     return file.getvalue()
 
 

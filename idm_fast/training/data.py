@@ -86,12 +86,17 @@ def fingerprint(faces: list[FaceFile], folder: Path) -> dict[str, str]:
     Nothing is opened, and a copy of the folder is the same as the folder; a picture that was written anew nearly always
     has another length.
     """
-    names = "\n".join(f"{face.path.relative_to(folder).as_posix()},{face.native_px}" for face in faces)
+    names = "\n".join(f"{_place(face.path, folder).as_posix()},{face.native_px}" for face in faces)
     lengths = [_length(face.path) for face in faces]
     return {
         "faces": f"{len(faces)}, {_checksum(names)}",
         "bytes": f"{sum(lengths)}, {_checksum(','.join(map(str, lengths)))}",
     }
+
+
+def _place(path: Path, folder: Path) -> Path:
+    """``path`` below ``folder``; one that a table names from the root lies elsewhere."""
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
 def _checksum(text: str) -> str:
