@@ -52,6 +52,14 @@ def test_time_from_log_snr_is_the_inverse(name: str) -> None:
     np.testing.assert_allclose(schedule.log_snr(t), np.log(alpha**2 / sigma**2), rtol=1e-9, atol=1e-9)
 
 
+@every_schedule
+def test_both_ends_of_log_snr_have_a_time(name: str) -> None:
+    """Nothing but signal and nothing but noise; what a schedule has not got is held to its own last time."""
+    schedule = SCHEDULES[name]
+    np.testing.assert_allclose(schedule.t_of_log_snr([np.inf, -np.inf]), [0, top(schedule)], atol=1e-12)
+    np.testing.assert_allclose(schedule.t_of_angle([0, np.pi / 2]), [0, top(schedule)], atol=1e-12)
+
+
 def test_values_at_known_points() -> None:
     linear = SCHEDULES["linear"]
     assert linear.alphas_cumprod is not None

@@ -189,7 +189,9 @@ class Schedule:
                 return np.minimum(2 / np.pi * np.arctan(np.exp(-value / 2)), self.t_max)
         if self.kind == "vp_sde":
             # 2 log alpha = -q solves (beta_max - beta_min)/2 t^2 + beta_min t = q; this root form never cancels.
-            q = np.logaddexp(0, -value)
+            # Held before it is solved, since pure noise asks for an infinite q.
+            widest = (self.beta_max - self.beta_min) / 2 * self.t_max**2 + self.beta_min * self.t_max
+            q = np.minimum(np.logaddexp(0, -value), widest)
             root = np.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * q)
             return np.minimum(2 * q / (self.beta_min + root), self.t_max)
         table = self._table()

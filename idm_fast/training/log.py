@@ -21,7 +21,8 @@ def put_row(path: Path, step: int, values: dict[str, float]) -> None:
             rows = [dict(row) for row in csv.DictReader(file) if int(row["step"]) < step]
     rows.append({"step": step} | {key: round(value, 4) for key, value in values.items()})
     with atomic(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[-1]))
+        # A figure may be missing for a while: that of a package which was not installed yet.
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
 
