@@ -65,12 +65,15 @@ def estimates(model: ClrFace, recognition: Recognition, faces: Tensor) -> tuple[
     return x0_hat.contiguous(), model.irn(y, recognition)
 
 
-def ways(model: ClrFace, recognition: Recognition, target: Tensor, light: LightDecoder) -> dict[str, IdentityGradient]:
-    """Each way of finding the gradient, the full one first."""
+def ways(
+    model: ClrFace, recognition: Recognition, target: Tensor, light: LightDecoder, scale: float
+) -> dict[str, IdentityGradient]:
+    """Each way of finding the gradient of steps of ``scale``, the full one first."""
     sides = [factor for factor in (1, 2, 4) if model.config.latent_size % factor == 0]
     size = model.config.image_size
-    found = {f"{size // f} px": IdentityGradient(model.vqgan, recognition, target, factor=f) for f in sides}
-    return found | {"linear decoder": IdentityGradient(model.vqgan, recognition, target, light=light)}
+    given = (model.vqgan, recognition, target)
+    found = {f"{size // f} px": IdentityGradient(*given, factor=f, scale=scale) for f in sides}
+    return found | {"linear decoder": IdentityGradient(*given, light=light, scale=scale)}
 
 
 def rows(
@@ -82,7 +85,7 @@ def rows(
     scale: float,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    every, one = ways(model, recognition, target, light), ways(model, recognition, target[:1], light)
+    every, one = (ways(model, recognition, some, light, scale) for some in (target, target[:1]))
     spent = interleaved(
         {name: Candidate(lambda _, way=way: way(z[:1])) for name, way in one.items()},  # type: ignore[misc]
         str(z.device), seconds,
@@ -132,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except IdmFastError as error:
         print(f"guidance: {error}", file=sys.stderr)
         return 2
-    print(f"{len(z)} faces, steps of {args.scale} deviations; the full gradient gains {found[0]['gain']:.4f} cosine")
+    gain = f"the full gradient gains {found[0]['gain']:.4f} cosine"
+    print(f"{len(z)} faces, steps of at most {args.scale} deviations; {gain}")
     print(markdown(HEAD, [[r["name"], *(number(r[k]) for k in ("gflop", "ms", "cosine", "gain_kept"))] for r in found]))
     if args.json:
         report = {"machine": machine(device), "model": args.model.name, "scale": args.scale, "rows": found}

@@ -120,7 +120,7 @@ class ClrFaceRestorer(FaceModel):
             target = self.module.irn(y.clone(), self._recognition)
             mask = self.module.mask() if asked.masked else None
         factor = self.size // (asked.resolution or self.size)
-        gradient = IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor)
+        gradient = IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor, scale=asked.scale)
         return Guidance(gradient, asked.scale, asked.interval, asked.every or 1)
 
     def _note(self, guidance: Guidance | None) -> None:

@@ -4,7 +4,8 @@
 
 z a latent in the prior's unit, e the recognition network, ``target`` the embedding that the identity recovery network
 finds for the degraded face. Scaled so, an image's unmasked gradient has the root mean square 1 whatever its
-face: ``Guidance.scale`` counts in deviations of the latent.
+face: ``Guidance.scale`` counts in deviations of the latent. Near its target a face would be carried past it by a step
+of that length, and away from the person again; so a step ends where a linear distance would (Polyak's step).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class IdentityGradient:
     - ``mask`` [D, h, w] in [0, 1]: what may change (``LatentMask``); None: everything.
     - ``factor`` f > 1 is lossy: the latent's means over f x f positions are decoded, to a picture of 1 / f of the side.
     - ``light``: a linear stand-in for the decoder (lossy too).
+    - ``scale``: the ``Guidance``'s own. An image's gradient is shortened where a step of that scale would be longer
+      than distance / |g|, at which a linear distance reaches 0. None: never.
 
     For ``diffusion.Guidance``; works under inference mode. The codes are left out: between them there is no gradient. A
     gradient that is not finite stays so (``Guidance`` skips and counts it); that of a picture that nothing can bring
@@ -47,12 +50,13 @@ class IdentityGradient:
         mask: Tensor | None = None,
         factor: int = 1,
         light: LightDecoder | None = None,
+        scale: float | None = None,
     ) -> None:
         if factor < 1:
             raise IdmFastError(f"identity guidance: factor must be >= 1, got {factor}")
         if target.ndim != 2:
             raise IdmFastError(f"identity guidance: target must be [N, E], got {list(target.shape)}")
-        self.vqgan, self.recognition, self.factor, self.light = vqgan, recognition, factor, light
+        self.vqgan, self.recognition, self.factor, self.light, self.scale = vqgan, recognition, factor, light, scale
         self.target, self.mask = target.detach(), None if mask is None else mask.detach()
 
     def distance(self, x0_hat: Tensor) -> Tensor:
@@ -69,9 +73,12 @@ class IdentityGradient:
     def __call__(self, x0_hat: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             z = x0_hat.detach().clone().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(self.distance(z).sum(), z)
-        gradient = unit_rms(gradient)
-        return gradient if self.mask is None else gradient * self.mask.to(gradient)
+            distance = self.distance(z)
+            (gradient,) = torch.autograd.grad(distance.sum(), z)
+        step = unit_rms(gradient)
+        if self.scale is not None:
+            step = step * _part(self.scale, distance.detach(), (gradient * step).sum((1, 2, 3)))[:, None, None, None]
+        return step if self.mask is None else step * self.mask.to(step)
 
     def _check(self, x0_hat: Tensor) -> None:
         shape, channels = list(x0_hat.shape), self.vqgan.config.embed_channels
@@ -88,6 +95,13 @@ class IdentityGradient:
             raise IdmFastError(
                 f"identity guidance: factor must divide the latent's {shape[2]} x {shape[3]}, got {self.factor}"
             )
+
+
+def _part(scale: float, distance: Tensor, slope: Tensor) -> Tensor:
+    """How much of a step of ``scale`` images may take whose ``distance`` [N] falls by ``slope`` [N] for a step of 1."""
+    kind = torch.finfo(slope.dtype)
+    distance = (distance - 8 * kind.eps).clamp(min=0)  # what is left behind 1 - cos may be rounding alone
+    return (distance / (scale * slope).clamp(min=kind.tiny)).clamp(max=1)  # at a slope of 0 there is no step
 
 
 def unit_rms(gradient: Tensor) -> Tensor:

@@ -69,6 +69,23 @@ def test_steps_against_it_bring_the_picture_nearer(parts: Any) -> None:
     assert (found.distance(z) < before - 1e-3).all()
 
 
+def test_a_face_is_not_carried_past_its_target(parts: Any) -> None:
+    """Near it steps of one length lead away; those that know their scale end where the distance would. Far from it
+    they are the same steps; at it there is none."""
+    vqgan, embedding, far, z = (part.double() for part in parts)
+    moved = 0.01 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    target = embedding.embed_aligned(vqgan.decode((z + moved) / TINY.latent_scale, quantize=False))
+    fixed, held = (IdentityGradient(vqgan, embedding, target, scale=scale) for scale in (None, 0.3))
+    before = held.distance(z)
+    assert (fixed.distance(z - 0.3 * fixed(z)) > 2 * before).all()
+    assert (held.distance(z - 0.3 * held(z)) < 0.5 * before).all()
+    torch.testing.assert_close(
+        IdentityGradient(vqgan, embedding, far, scale=1e-4)(z), IdentityGradient(vqgan, embedding, far)(z)
+    )
+    there = embedding.embed_aligned(vqgan.decode(z / TINY.latent_scale, quantize=False))
+    assert IdentityGradient(vqgan, embedding, there, scale=0.3)(z).abs().max() < 1e-4
+
+
 def test_what_the_mask_leaves_out_stays(parts: Any) -> None:
     vqgan, embedding, target, z = parts
     mask = LatentMask(*SHAPE[1:])

@@ -25,6 +25,7 @@ from idm_fast.models.irn import Irn, IrnConfig
 from idm_fast.models.recognition import Recognition
 from idm_fast.models.unet import UNet
 from idm_fast.models.vqgan import Vqgan
+from idm_fast.training.guided import WAYS
 from idm_fast.training.identity_settings import LatentMaskSettings, MaskLossWeights
 from idm_fast.training.latent_mask import LatentMaskTrainer
 from idm_fast.training.mask_picture import draw_mask, heat
@@ -110,6 +111,7 @@ def test_an_interrupted_run_ends_with_the_same_whole_model(
     assert tables[0] == tables[1]
     (row,) = csv.DictReader(tables[0].splitlines())
     assert row["step"] == "2"
+    assert {f"found_{way}" for way in WAYS} <= set(row)
     assert row["cosine_unguided"] != row["cosine_unmasked"] != row["cosine_masked"]
     made = checkpoints.load(settings.out / "model.safetensors")
     assert isinstance(made.module, ClrFace)

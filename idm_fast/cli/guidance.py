@@ -15,7 +15,7 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     some = p.add_mutually_exclusive_group()
     some.add_argument(
         "--guidance-scale", type=float, metavar="S",
-        help="how far, in deviations of the latent; 0: not at all (default: the model's)",
+        help="how far at most, in deviations of the latent; 0: not at all (default: the model's)",
     )  # fmt: skip
     some.add_argument("--no-identity-guidance", dest="identity_guidance", action="store_false", help="the prior alone")
     p.add_argument(

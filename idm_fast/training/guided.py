@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from idm_fast.diffusion import Guidance, SamplerTable, Schedule, build_table, initial_noise, sample
@@ -16,6 +15,7 @@ from idm_fast.models.clr_face import ClrFace
 from idm_fast.models.perceptual import Lpips
 from idm_fast.models.recognition import Recognition
 from idm_fast.training.degradation import degrade_level
+from idm_fast.training.recovery import likeness
 from idm_fast.training.sheet import save_columns
 
 WAYS = ("unguided", "unmasked", "masked")
@@ -68,7 +68,7 @@ class GuidedValidation:
             cond, target = model.encode(y), model.irn(y, self.recognition)
             for way in ways:
                 mask = model.mask() if way == "masked" else None
-                gradient = IdentityGradient(model.vqgan, self.recognition, target, mask)
+                gradient = IdentityGradient(model.vqgan, self.recognition, target, mask, scale=c.guidance_scale)
                 guidance = Guidance(gradient, c.guidance_scale, interval, c.guidance_every)
                 latent = walk(model, table, cond, seeds, None if way == "unguided" else guidance)
                 made[way].append(model.decode(latent).float().clamp(-1, 1).cpu())
@@ -76,14 +76,13 @@ class GuidedValidation:
 
     @torch.no_grad()
     def measure(self, restored: dict[str, Tensor]) -> dict[str, float]:
-        """Means to the clean faces, by way: cosine and Euclidean distance of the embeddings, LPIPS, PSNR in dB."""
+        """To the clean faces, by way: ``likeness`` of the embeddings, and the means of LPIPS and of PSNR in dB."""
         device = next(self.recognition.parameters()).device
         true = self.recognition.embed_aligned(self.faces.to(device))
-        figures = {}
+        figures: dict[str, float] = {}
         for way, made in restored.items():
             embeddings = self.recognition.embed_aligned(made.to(device))
-            figures[f"cosine_{way}"] = float(F.cosine_similarity(embeddings, true).mean())
-            figures[f"distance_{way}"] = float(torch.linalg.vector_norm(embeddings - true, dim=1).mean())
+            figures |= {f"{name}_{way}": value for name, value in likeness(embeddings, true).to_dict().items()}
             if self.lpips is not None:
                 figures[f"lpips_{way}"] = float(self.lpips(made.to(device), self.faces.to(device)).mean())
             figures[f"psnr_{way}"] = float(psnr(made, self.faces).mean())

@@ -118,7 +118,8 @@ class LatentMaskTrainer(Loop[ClrFaceConfig, LatentMask]):
                 true = self.recognition.embed_aligned(x0)
                 target = self.whole.irn(y, self.recognition)
                 estimate = self._estimates(self.whole.encode(y).float())
-            gradient = IdentityGradient(self.whole.vqgan, self.recognition, target)(estimate)
+            found = IdentityGradient(self.whole.vqgan, self.recognition, target, scale=c.guidance_scale)
+            gradient = found(estimate)
             # A gradient that is not finite is none, as in a walk.
             finite = torch.isfinite(gradient).flatten(1).all(1)[:, None, None, None]
             mask = self.network()

@@ -32,7 +32,7 @@ _NUMBERS = {
     "codebook_decay": "of the running means that the codes are",
     "revive_below": "a code chosen less often than this share of the mean is dead",
     "euclid": "weight of the squared distance beside 1 - cos",
-    "guidance_scale": "how far guidance moves, in deviations of the latent",
+    "guidance_scale": "how far guidance moves at most, in deviations of the latent",
     "guidance_every": "evaluations between two gradients",
     "revive_every": "steps between moving the dead codes",
     "min_native_px": "leave out crops enlarged from fewer pixels",
