@@ -22,7 +22,6 @@ from idm_fast.checkpoints import native
 from idm_fast.config import PRESETS, DiffusionConfig, ModelConfig, UNetConfig
 from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
-from idm_fast.training.data import FaceFile, fingerprint
 from idm_fast.training.intrinsic import Trainer
 from idm_fast.training.log import put_row
 from idm_fast.training.losses import LossWeights
@@ -197,16 +196,6 @@ def test_lines_of_steps_that_are_made_again_leave_the_log(
             Trainer(settings).run()
     Trainer(settings).run()
     assert [row["step"] for row in _rows(settings)] == ["6"]
-
-
-def test_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
-    """A table of faces may name them by whole paths."""
-    (tmp_path / "a.png").write_bytes(b"12345")
-    known = [FaceFile(path, 7, "") for path in (tmp_path / "a.png", tmp_path / "other" / "b.png")]
-    found = fingerprint(known, tmp_path)
-    assert found["bytes"].startswith("5, ")
-    assert found["faces"].startswith("2, ")
-    assert fingerprint(known, tmp_path / "data")["faces"] != found["faces"]
 
 
 def test_figures_may_come_and_go(tmp_path: Path) -> None:
