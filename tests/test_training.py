@@ -23,7 +23,6 @@ from idm_fast.config import PRESETS, DiffusionConfig, ModelConfig, UNetConfig
 from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
 from idm_fast.training.intrinsic import Trainer
-from idm_fast.training.log import put_row
 from idm_fast.training.losses import LossWeights
 from idm_fast.training.settings import TrainSettings
 from idm_fast.training.warm_start import warm_start
@@ -196,12 +195,6 @@ def test_lines_of_steps_that_are_made_again_leave_the_log(
             Trainer(settings).run()
     Trainer(settings).run()
     assert [row["step"] for row in _rows(settings)] == ["6"]
-
-
-def test_figures_may_come_and_go(tmp_path: Path) -> None:
-    for step, figures in ((1, {"psnr": 20.0}), (2, {"psnr": 21.0, "lpips": 0.5}), (3, {"psnr": 22.0})):
-        put_row(tmp_path / "figures.csv", step, figures)
-    assert (tmp_path / "figures.csv").read_text().split() == ["step,psnr,lpips", "1,20.0,", "2,21.0,0.5", "3,22.0,"]
 
 
 def test_changed_pictures_are_seen(settings: TrainSettings) -> None:
