@@ -15,7 +15,8 @@ demo: $(VENV)/.built ## restore a real photograph into demo/ (INPUT=photo.jpg fo
 	$(BIN)/python -m idm_fast.demo $(if $(INPUT),--input "$(INPUT)")
 
 test: $(VENV)/.built-for-tests ## run the tests
-	$(BIN)/python -m pytest -q
+	@# A process a core, each on one thread: what tests say of threads they set themselves. A file stays in one process.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.built-for-tests ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -60,6 +60,13 @@ def pytest_runtest_logfinish() -> None:
     pytest.exit(f"the CUDA context is lost after {lost_by[0]}", returncode=3)
 
 
+@pytest.fixture
+def no_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that starts pytest: it must not take itself for a worker of pytest-xdist."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of test pictures that lies beside the checkout; a test that needs it skips where it is absent."""

@@ -210,6 +210,7 @@ def test_a_stage_that_fails_is_named(
     assert "gpu: not on cpu" in said
 
 
+@pytest.mark.usefixtures("no_xdist")
 def test_through_pytest_benchmark() -> None:
     pytest.importorskip("pytest_benchmark")
     file = ROOT / "benchmarks" / "test_steps_benchmark.py"

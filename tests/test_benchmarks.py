@@ -135,6 +135,7 @@ def test_roof() -> None:
     assert ceilings.seconds(10**9, 1000, torch.float32) == (1e-3, "compute")
 
 
+@pytest.mark.usefixtures("no_xdist")
 def test_through_pytest_benchmark() -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "-q", str(FOLDER), "--benchmark-only", "-k", "multistep_latent-torch"]

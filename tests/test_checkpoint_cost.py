@@ -16,14 +16,14 @@ from idm_fast.config import preset
 from idm_fast.models.unet import UNet
 
 _MEASURED = """
-import json, resource, sys, time
+import json, sys, time
 from idm_fast import checkpoints
-def resident():
+def resident(which):
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) * 1024
-before, start = resident(), time.process_time()
+        return next(int(line.split()[1]) for line in file if line.startswith(which)) * 1024
+before, start = resident("VmRSS"), time.process_time()
 checkpoints.convert(sys.argv[1], sys.argv[2])
-most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+most = resident("VmHWM")  # getrusage would give the parent's where that was larger
 print(json.dumps({"memory": most - before, "seconds": time.process_time() - start}))
 """
 
