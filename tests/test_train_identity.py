@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupted import stop_at, tensors
 from PIL import Image
-from torch import Tensor
 
 from idm_fast import checkpoints
 from idm_fast.cli import main
@@ -42,33 +42,16 @@ def settings(tmp_path: Path) -> IdentitySettings:
     return IdentitySettings(data, tmp_path / "run", steps=2, batch_size=2, warmup=1, save_every=1, sheet_every=1)
 
 
-def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _tensors(item, f"{name}.{key}").items()}
-    return {name: value} if isinstance(value, Tensor) else {}
-
-
 def test_an_interrupted_run_ends_with_the_same_weights_and_figures(
-    settings: IdentitySettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: IdentitySettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = replace(settings, out=settings.out.with_name("whole"))
     IdentityTrainer(whole).run()
-    original = IdentityTrainer._step
-
-    def crashing(self: IdentityTrainer, x0: Tensor, y: Tensor) -> dict[str, float]:
-        if self.step == 1:
-            raise KeyboardInterrupt
-        return original(self, x0, y)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(IdentityTrainer, "_step", crashing)
-        with pytest.raises(KeyboardInterrupt):
-            IdentityTrainer(settings).run()
-    torch.manual_seed(99)  # states of the process must not matter
+    stop_at(IdentityTrainer(settings), 1)
     given = ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--save-every", "1", "--sheet-every", "1"]
     command = ["train", "identity", "--data", str(settings.data), "--out", str(settings.out), *given]
     assert main(command) == 0
-    first, second = (_tensors(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
+    first, second = (tensors(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     tables = [(s.out / "recovery.csv").read_text() for s in (whole, settings)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interrupted import stop_at, tensors
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from idm_fast import checkpoints
 from idm_fast.checkpoints import native
@@ -75,36 +75,19 @@ def settings(tmp_path: Path) -> LatentMaskSettings:
     )  # fmt: skip
 
 
-def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _tensors(item, f"{name}.{key}").items()}
-    return {name: value} if isinstance(value, Tensor) else {}
-
-
 def test_an_interrupted_run_ends_with_the_same_whole_model(
-    settings: LatentMaskSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: LatentMaskSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = replace(settings, out=settings.out.with_name("whole"))
     LatentMaskTrainer(whole).run()
-    original = LatentMaskTrainer._step
-
-    def crashing(self: LatentMaskTrainer, x0: Tensor, y: Tensor) -> dict[str, float]:
-        if self.step == 1:
-            raise KeyboardInterrupt
-        return original(self, x0, y)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LatentMaskTrainer, "_step", crashing)
-        with pytest.raises(KeyboardInterrupt):
-            LatentMaskTrainer(settings).run()
-    torch.manual_seed(99)  # states of the process must not matter
+    stop_at(LatentMaskTrainer(settings), 1)
     parts = [f"--{name}={settings.data.parent / name}.safetensors" for name in ("vqgan", "prior", "irn")]
     given = "--steps 2 --batch-size 2 --warmup 1 --save-every 1 --sheet-every 2 --guidance-interval 0 0.9 --val-faces 2"
     losses = "--loss-lpips 0 --loss-l1 0 --loss-sparsity 0.01"
     command = ["train", "latent-mask", *parts, f"--data={settings.data}", f"--out={settings.out}"]
     command += f"{given} {losses}".split()
     assert main(command) == 0
-    first, second = (_tensors(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
+    first, second = (tensors(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     tables = [(s.out / "guidance.csv").read_text() for s in (whole, settings)]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupted import stop_at, tensors
 from PIL import Image
-from torch import Tensor
 
 from idm_fast import checkpoints
 from idm_fast.checkpoints import native
@@ -78,12 +78,6 @@ def settings(tmp_path: Path) -> LatentPriorSettings:
     )  # fmt: skip
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Tensor]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}").items()}
-    return {name: value} if isinstance(value, Tensor) else {}
-
-
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -97,23 +91,12 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     settings = replace(settings, loss=ALEX, precision="bf16")
     whole = replace(settings, out=settings.out.with_name("whole"))
     LatentPriorTrainer(whole).run()
-    original = LatentPriorTrainer._step
-
-    def crashing(self: LatentPriorTrainer, x0: Tensor, y: Tensor) -> dict[str, float]:
-        if self.step == 3:  # a state was saved after 2
-            raise KeyboardInterrupt
-        return original(self, x0, y)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LatentPriorTrainer, "_step", crashing)
-        with pytest.raises(KeyboardInterrupt):
-            LatentPriorTrainer(settings).run()
-    torch.manual_seed(99)  # states of the process must not matter
+    stop_at(LatentPriorTrainer(settings), 3)  # a state was saved after 2
     with monkeypatch.context() as patch:
         patch.setattr(LatentPriorTrainer, "_measured_scale", lambda self, faces: math.nan)
         LatentPriorTrainer(settings).run()
     states = [torch.load(s.out / "state.pt", weights_only=True) for s in (whole, settings)]
-    first, second = (_flat(state) for state in states)
+    first, second = (tensors(state) for state in states)
     assert {name.split(".")[1] for name in first} >= {"model", "ema", "optimizer"}
     assert states[0]["latents"] == states[1]["latents"]
     assert first.keys() == second.keys()

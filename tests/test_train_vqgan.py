@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import stop_at, tensors
 from PIL import Image
 from torch import Tensor, nn
 
@@ -55,38 +56,19 @@ def settings(tmp_path: Path, made_up_faces: Callable[..., Path]) -> VqganSetting
     )  # fmt: skip
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Tensor]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}").items()}
-    return {name: value} if isinstance(value, Tensor) else {}
-
-
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("loss", [PLAIN, PATCH, FEATURES], ids=["plain", "patch", "features"])
-def test_an_interrupted_run_ends_with_the_same_weights(
-    settings: VqganSettings, loss: VqganLossWeights, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_ends_with_the_same_weights(settings: VqganSettings, loss: VqganLossWeights) -> None:
     settings = replace(settings, loss=loss, precision="bf16")
     whole = replace(settings, out=settings.out.with_name("whole"))
     VqganTrainer(whole).run()
-    original = VqganTrainer._step
-
-    def crashing(self: VqganTrainer, x: Tensor) -> dict[str, float]:
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return original(self, x)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VqganTrainer, "_step", crashing)
-        with pytest.raises(KeyboardInterrupt):
-            VqganTrainer(settings).run()
-    torch.manual_seed(99)  # states of the process must not matter
+    stop_at(VqganTrainer(settings), 5)
     VqganTrainer(settings).run()
-    first, second = (_flat(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
+    first, second = (tensors(torch.load(s.out / "state.pt", weights_only=True)) for s in (whole, settings))
     assert {name.split(".")[1] for name in first} >= {"model", "ema", "codebook", *(["judge"] if loss != PLAIN else [])}
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []

