@@ -269,6 +269,7 @@ WRONG = {
     "enlarged crops": (["--size", 64], "must be at least --size = 64 px, got 32"),
     "no steps": (["--steps", 0], "steps"),
     "steps of nothing": (["--steps", 2], "--steps is of restorers and must come with --model"),
+    "a method of nothing": (["--method", "difface"], "--method is of restorers and must come with --model"),
     "too small for a metric": (["--metrics", "niqe"], "at least 64 px wide and high, got 32 (--metrics chooses"),
     "a folder as file": (["--markdown", "."], "--markdown must be a file"),
 }

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eta", type=float, help="randomness of ddim, dpmpp_2m_sde and euler_maruyama, 0..1 (default: the solver's)"
     )
     p.add_argument("--strength", type=float, help="below 1: start from the noised input (default: the model's)")
-    p.add_argument("--method", choices=METHODS, default="conditional", help="difface: for unconditional models")
+    p.add_argument("--method", choices=METHODS, help="difface: for unconditional models (default: conditional)")
     p.add_argument("--estimator", metavar="NAME|FILE", help="of difface: what it begins with (see idm-fast restore)")
     p.add_argument("--start-index", type=int, metavar="N", help="of difface: see idm-fast restore")
     p.add_argument("--levels", nargs="+", choices=list(LEVELS), help="of degradation (default: all)")
@@ -180,12 +180,12 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None and path.exists() and path.is_dir() != wants_folder:
             raise IdmFastError(f"--{name} must be a {'folder' if wants_folder else 'file'}, got {path}")
     if not args.model:
-        for name in ("steps", "sampler", "eta", "strength", "dtype", *_OF_GUIDANCE):
+        for name in ("steps", "sampler", "eta", "strength", "dtype", "method", *_OF_GUIDANCE):
             if getattr(args, name) is not None:
                 raise IdmFastError(f"--{name.replace('_', '-')} is of restorers and must come with --model, got none")
     for name in ("estimator", "start_index"):
         if args.method != "difface" and getattr(args, name) is not None:
-            raise IdmFastError(f"--{name.replace('_', '-')} must come with --method difface, got {args.method}")
+            raise IdmFastError(f"--{name.replace('_', '-')} must come with --method difface, got none")
     chosen = list(args.metrics or METRICS)
     if ("fid" in chosen) and not args.fid:
         raise IdmFastError(f"--metrics: fid needs --fid with one of {', '.join(LIBRARIES)}, got none")
@@ -239,8 +239,8 @@ def _subjects(args: argparse.Namespace) -> list[Subject]:
 
 
 def _method(args: argparse.Namespace) -> Method:
-    given = {"estimator": args.estimator, "start_index": args.start_index}
-    return Method(args.method, **{name: value for name, value in given.items() if value is not None})
+    given = {"name": args.method, "estimator": args.estimator, "start_index": args.start_index}
+    return Method(**{name: value for name, value in given.items() if value is not None})
 
 
 def _reconstruction(model: ClrFaceRestorer, name: str) -> Subject:
