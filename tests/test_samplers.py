@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from gaussian_target import DEVIATION, MEAN, gaussian_moments, posterior_mean, variance
 from torch import Tensor
 
 from idm_fast.diffusion import (
@@ -27,22 +28,11 @@ from idm_fast.diffusion.parameterisation import eps_from_x0, target
 from idm_fast.errors import IdmFastError
 from idm_fast.kernels import philox_normal
 
-MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian target
 COSINE = Schedule.continuous_cosine()
 LINEAR = Schedule.linear()
 SEEDS = torch.tensor([3, -1, 2**40 + 7])
 SHAPE = (3, 3, 8, 8)
 Array = npt.NDArray[np.float64]
-
-
-def posterior_mean(x: Any, alpha: Any, sigma: Any) -> Any:
-    """E[x0 | x] for x0 ~ N(MEAN, DEVIATION^2): the exact denoiser."""
-    gain = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
-    return MEAN + gain * (x - alpha * MEAN)
-
-
-def variance(alpha: Any, sigma: Any) -> Any:
-    return alpha**2 * DEVIATION**2 + sigma**2
 
 
 def walk(
@@ -96,20 +86,6 @@ def test_a_whole_walk_ends_on_the_target(solver: str, bound: float, start: float
     last = walk(table, lambda x, e: posterior_mean(x, table.alpha[e], table.sigma[e]), x)[-1]
     scale = DEVIATION / np.sqrt(variance(table.alpha_start, table.sigma_start))
     np.testing.assert_allclose(last, MEAN + scale * (x - table.alpha_start * MEAN), atol=bound)
-
-
-def gaussian_moments(table: SamplerTable) -> tuple[float, float]:
-    """Mean and variance of the walk's end; exact, because update and denoiser are linear in (x, history)."""
-    mean = np.array([table.alpha_start * MEAN, 0.0])
-    covariance = np.diag([variance(table.alpha_start, table.sigma_start), 0.0])
-    for e, (_, _, a, b, c, s, _, _) in enumerate(table.rows.tolist()):
-        offset = posterior_mean(0.0, table.alpha[e], table.sigma[e])
-        gain = posterior_mean(1.0, table.alpha[e], table.sigma[e]) - offset
-        matrix = np.array([[a + b * gain, c], [gain, 0]])
-        mean = matrix @ mean + offset * np.array([b, 1])
-        covariance = matrix @ covariance @ matrix.T
-        covariance[0, 0] += s**2
-    return float(mean[0]), float(covariance[0, 0])
 
 
 STOCHASTIC = [("ddpm", None), ("ddim", 1.0), ("ddim", 0.5), ("dpmpp_2m_sde", None), ("dpmpp_2m_sde", 0.5)]

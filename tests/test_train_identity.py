@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from interrupted import stop_at, tensors
@@ -23,22 +23,13 @@ from idm_fast.training.recovery import likeness
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> IdentitySettings:
+def settings(tmp_path: Path, made_up_faces: Callable[..., Path]) -> IdentitySettings:
     """A run of two steps on three made-up faces."""
     try:
         Recognition()
     except IdmFastError as error:
         pytest.skip(str(error))
-    data = tmp_path / "faces"
-    data.mkdir()
-    rng = np.random.default_rng(0)
-    with (data / "faces.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "split", "native_px"])
-        for i in range(5):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            coarse.resize((48, 48), Image.Resampling.BICUBIC).save(data / f"{i}.png")
-            writer.writerow([f"{i}.png", "train" if i < 3 else "val", 200])
+    data = made_up_faces(3, 2, 48)
     return IdentitySettings(data, tmp_path / "run", steps=2, batch_size=2, warmup=1, save_every=1, sheet_every=1)
 
 

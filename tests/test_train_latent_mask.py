@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,22 +47,13 @@ ALONE = MaskLossWeights(lpips=0, l1=0, sparsity=0)
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> LatentMaskSettings:
+def settings(tmp_path: Path, made_up_faces: Callable[..., Path]) -> LatentMaskSettings:
     """A run of two steps on three made-up faces, with parts of random weights."""
     try:
         Recognition()
     except IdmFastError as error:
         pytest.skip(str(error))
-    data = tmp_path / "faces"
-    data.mkdir()
-    rng = np.random.default_rng(0)
-    with (data / "faces.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "split", "native_px"])
-        for i in range(5):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            coarse.resize((32, 32), Image.Resampling.BICUBIC).save(data / f"{i}.png")
-            writer.writerow([f"{i}.png", "train" if i < 3 else "val", 200])
+    data = made_up_faces(3, 2, 32)
     torch.manual_seed(0)
     vqgan, prior, irn = Vqgan(VQ), UNet(PRIOR.unet), Irn(IrnConfig(rank=1, free_weights=0))
     nn.init.normal_(prior.out_conv.weight, std=0.1)  # else it is the degraded latent

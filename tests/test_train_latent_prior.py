@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from interrupted import stop_at, tensors
@@ -59,18 +58,9 @@ def _vqgan(path: Path, seed: int, scale: float = 1.0) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> LatentPriorSettings:
+def settings(tmp_path: Path, made_up_faces: Callable[..., Path]) -> LatentPriorSettings:
     """A run of five steps on five made-up faces and a random autoencoder that does not know its scale."""
-    data = tmp_path / "faces"
-    data.mkdir()
-    rng = np.random.default_rng(0)
-    with (data / "faces.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "split", "native_px"])
-        for i in range(7):
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            coarse.resize((80, 80), Image.Resampling.BICUBIC).save(data / f"{i}.png")
-            writer.writerow([f"{i}.png", "train" if i < 5 else "val", 200])
+    data = made_up_faces(5, 2, 80)
     return LatentPriorSettings(
         data, tmp_path / "run", TINY.name, steps=4, batch_size=4, warmup=2, save_every=2, sheet_every=100,
         precision="fp32", vqgan=_vqgan(tmp_path / "vq.safetensors", 0), val_faces=2, loss=PLAIN,

@@ -104,8 +104,7 @@ class GeneratorTrainer(Loop[ModelConfig, UNet]):
         u = ((np.arange(whole) + rng.random()) / whole)[group.rank :: group.size]
         seeds = torch.tensor(positions, device=self.device) + ((s.seed % 2**22) << 40)
         torch.manual_seed(int(rng.integers(2**31)) + group.rank)  # of dropout
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = s.learning_rate_at(self.step)
+        self._set_rate()
         loss = self.loss(self.network, x0, u, seeds, self._autocast())
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

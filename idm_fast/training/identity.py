@@ -16,19 +16,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from idm_fast.checkpoints import native
 from idm_fast.files import atomic
 from idm_fast.models.irn import IRN_PRESETS, Irn, IrnConfig
 from idm_fast.models.recognition import Recognition
-from idm_fast.training.data import FacePairs, list_faces
+from idm_fast.training.data import list_faces
+from idm_fast.training.face_loop import FaceLoop
 from idm_fast.training.identity_settings import IdentitySettings
-from idm_fast.training.loop import Loop
 from idm_fast.training.recovery import Likeness, RecoveryTest, draw, measure
 from idm_fast.training.sheet import faces_to_show
 
-_CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
 _MEASURED = 256  # validation faces at most
 
 
@@ -44,12 +42,14 @@ class _Recovery(nn.Module):
         return recovered
 
 
-class IdentityTrainer(Loop[IrnConfig, Irn]):
+class IdentityTrainer(FaceLoop[IrnConfig, Irn]):
     """One run: ``IdentityTrainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
     Raises ``IdmFastError`` before any work for data, settings or a state that do not fit, and where the recognition
     network's weights are not installed.
     """
+
+    settings: IdentitySettings
 
     def __init__(self, settings: IdentitySettings) -> None:
         self.settings = settings
@@ -63,19 +63,12 @@ class IdentityTrainer(Loop[IrnConfig, Irn]):
         self.resume(_Recovery(self.model, self.recognition))
 
     def _steps(self) -> Iterator[dict[str, float]]:
-        s, group = self.settings, self.group
-        total = s.steps * s.batch_size * group.size
-        cache = _CACHE_BYTES // max(1, s.workers)
-        pairs = FacePairs(self.faces, self.config.image_size, total, s.seed, cache_bytes=cache)
-        mine = Subset(pairs, range(self._first() + group.rank, total, group.size))
-        pinned = self.device.type == "cuda"
-        for x0, y in DataLoader(mine, s.batch_size, num_workers=s.workers, pin_memory=pinned):
-            yield self._step(x0.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+        for x0, y in self._pairs(self.config.image_size):
+            yield self._step(x0, y)
 
     def _step(self, x0: Tensor, y: Tensor) -> dict[str, float]:
         s = self.settings
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = s.learning_rate_at(self.step)
+        self._set_rate()
         with self._autocast():
             with torch.no_grad():
                 true, own = self.recognition.embed_aligned(torch.cat([x0, y])).chunk(2)

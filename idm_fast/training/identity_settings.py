@@ -7,11 +7,11 @@ from pathlib import Path
 
 from idm_fast.errors import IdmFastError
 from idm_fast.models.irn import IRN_PRESETS
-from idm_fast.training.settings import RunSettings
+from idm_fast.training.settings import FaceSettings
 
 
 @dataclass(frozen=True)
-class IdentitySettings(RunSettings):
+class IdentitySettings(FaceSettings):
     """Of an identity recovery network. ``euclid``: weight of |recovered - true|^2 beside 1 - cos, which knows no
     lengths.
     """
@@ -25,14 +25,11 @@ class IdentitySettings(RunSettings):
     ema_decay: float = 0.99
     sheet_every: int = 250
     euclid: float = 0.25
-    workers: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset not in IRN_PRESETS:
             raise IdmFastError(f"preset must be one of {sorted(IRN_PRESETS)}, got {self.preset!r}")
-        if self.workers < 0:
-            raise IdmFastError(f"workers must be >= 0, got {self.workers}")
         if not 0 <= self.euclid < float("inf"):
             raise IdmFastError(f"euclid must be a number >= 0, got {self.euclid}")
         if self.precision == "fp16":  # no scaler looks after its gradients
@@ -62,7 +59,7 @@ class MaskLossWeights:
 
 
 @dataclass(frozen=True)
-class LatentMaskSettings(RunSettings):
+class LatentMaskSettings(FaceSettings):
     """Of a latent mask, and of the whole CLR-Face model that the files ``vqgan``, ``prior`` and ``irn`` make with it.
 
     ``preset``: the whole model's name. ``guidance_scale``, ``guidance_interval``, ``guidance_every``: what the mask is
@@ -86,14 +83,12 @@ class LatentMaskSettings(RunSettings):
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_every: int = 1
     val_faces: int = 24
-    workers: int = 0
     loss: MaskLossWeights = field(default_factory=MaskLossWeights)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("workers", 0), ("val_faces", 1)):
-            if getattr(self, name) < least:
-                raise IdmFastError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.val_faces < 1:
+            raise IdmFastError(f"val_faces must be >= 1, got {self.val_faces}")
         if not 0 < self.guidance_scale < float("inf"):
             raise IdmFastError(f"guidance_scale must be a number above 0, got {self.guidance_scale}")
         if self.precision == "fp16":  # the gradients would vanish in it

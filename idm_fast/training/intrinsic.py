@@ -14,23 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from idm_fast.config import PRESETS, ModelConfig, preset
 from idm_fast.diffusion.schedule import Schedule
 from idm_fast.errors import IdmFastError
 from idm_fast.models.unet import UNet
 from idm_fast.training import distributed, sheet
-from idm_fast.training.data import FacePairs
 from idm_fast.training.ema import Ema
-from idm_fast.training.loop import Loop
+from idm_fast.training.face_loop import FaceLoop
 from idm_fast.training.losses import RestorationLoss
 from idm_fast.training.noising import item_seeds, noised
 from idm_fast.training.settings import TrainSettings
 from idm_fast.training.state import Stateful
 from idm_fast.training.warm_start import warm_start
-
-_CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
 
 
 def trainable(name: str) -> ModelConfig:
@@ -42,13 +38,15 @@ def trainable(name: str) -> ModelConfig:
     return config
 
 
-class Trainer(Loop[ModelConfig, UNet]):
+class Trainer(FaceLoop[ModelConfig, UNet]):
     """One run: ``Trainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
     ``group``: processes that have joined already and stay together after the run. ``config``: that of the model file,
     where its name and sampling defaults are not the preset's; the network is the preset's.
     Raises ``IdmFastError`` before any work for data, settings or a state that do not fit.
     """
+
+    settings: TrainSettings
 
     def __init__(
         self, settings: TrainSettings, group: distributed.Group | None = None, config: ModelConfig | None = None
@@ -75,19 +73,11 @@ class Trainer(Loop[ModelConfig, UNet]):
         return parts
 
     def _steps(self) -> Iterator[dict[str, float]]:
-        for x0, y in self._batches():
+        for x0, y in self._pairs(self.config.unet.image_size):
             yield self._step(x0, y)
 
     def _draw(self, path: Path) -> None:
         sheet.draw(self.ema.model, self.config, self.settings.data, path)
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        s, group = self.settings, self.group
-        total = s.steps * s.batch_size * group.size
-        cache = _CACHE_BYTES // max(1, s.workers)
-        pairs = FacePairs(self.faces, self.config.unet.image_size, total, s.seed, cache_bytes=cache)
-        mine = Subset(pairs, range(self._first() + group.rank, total, group.size))
-        yield from DataLoader(mine, s.batch_size, num_workers=s.workers, pin_memory=self.device.type == "cuda")
 
     def _step(self, x0: Tensor, y: Tensor) -> dict[str, float]:
         s, group = self.settings, self.group
@@ -96,10 +86,8 @@ class Trainer(Loop[ModelConfig, UNet]):
         side = max(1, x0.shape[-1] - s.loss.vgg_crop + 1)
         corner = (int(rng.integers(side)), int(rng.integers(side)))
         torch.manual_seed(int(rng.integers(2**31)) + group.rank)  # of dropout
-        x0, y = x0.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         x_t, t, snr = self._noised(x0, y, u)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = s.learning_rate_at(self.step)
+        self._set_rate()
         with self._autocast():
             terms = self.loss(self.network(x_t, t, y), x0, snr, corner, self.step)
         total = torch.stack(list(terms.values())).sum()

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from idm_fast.checkpoints import native
 from idm_fast.checkpoints.kinds import IRN, UNET, VQGAN
@@ -34,18 +33,16 @@ from idm_fast.models.clr_face import ClrFace
 from idm_fast.models.latent_mask import LatentMask
 from idm_fast.models.perceptual import Lpips
 from idm_fast.models.recognition import Recognition
-from idm_fast.training.data import FacePairs, list_faces
+from idm_fast.training.data import list_faces
+from idm_fast.training.face_loop import FaceLoop
 from idm_fast.training.guided import GuidedValidation, table_of, walk
 from idm_fast.training.identity_settings import LatentMaskSettings
 from idm_fast.training.log import put_row
-from idm_fast.training.loop import Loop
 from idm_fast.training.mask_picture import draw_mask
 from idm_fast.training.noising import item_seeds
 from idm_fast.training.rounds import digest
 from idm_fast.training.sheet import faces_to_show
 from idm_fast.training.state import Stateful
-
-_CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
 
 
 class _Parts:
@@ -66,12 +63,14 @@ class _Parts:
                 )
 
 
-class LatentMaskTrainer(Loop[ClrFaceConfig, LatentMask]):
+class LatentMaskTrainer(FaceLoop[ClrFaceConfig, LatentMask]):
     """One run: ``LatentMaskTrainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
     Raises ``IdmFastError`` before any work for data, settings, model files or a state that do not fit, and where the
     recognition network's weights are not installed.
     """
+
+    settings: LatentMaskSettings
 
     def __init__(self, settings: LatentMaskSettings) -> None:
         self.settings = settings
@@ -101,18 +100,12 @@ class LatentMaskTrainer(Loop[ClrFaceConfig, LatentMask]):
         return super().parts() | {"files": self._parts}
 
     def _steps(self) -> Iterator[dict[str, float]]:
-        s, group = self.settings, self.group
-        total = s.steps * s.batch_size * group.size
-        cache = _CACHE_BYTES // max(1, s.workers)
-        pairs = FacePairs(self.faces, self.config.image_size, total, s.seed, cache_bytes=cache)
-        mine = Subset(pairs, range(self._first() + group.rank, total, group.size))
-        for x0, y in DataLoader(mine, s.batch_size, num_workers=s.workers, pin_memory=self.device.type == "cuda"):
-            yield self._step(x0.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+        for x0, y in self._pairs(self.config.image_size):
+            yield self._step(x0, y)
 
     def _step(self, x0: Tensor, y: Tensor) -> dict[str, float]:
         s, c = self.settings, self.config
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = s.learning_rate_at(self.step)
+        self._set_rate()
         with self._autocast():
             with torch.no_grad():
                 true = self.recognition.embed_aligned(x0)

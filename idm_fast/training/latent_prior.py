@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from idm_fast import checkpoints
 from idm_fast.config import ModelConfig, preset
@@ -25,20 +24,19 @@ from idm_fast.latent_space import LatentSpace, check_fits
 from idm_fast.models.perceptual import Lpips
 from idm_fast.models.unet import UNet
 from idm_fast.models.vqgan import Vqgan
-from idm_fast.training.data import FaceFile, FacePairs, list_faces, load_crop
+from idm_fast.training.data import FaceFile, list_faces, load_crop
 from idm_fast.training.ema import Ema
+from idm_fast.training.face_loop import FaceLoop
 from idm_fast.training.latent_loss import LatentLoss, chosen
 from idm_fast.training.latent_settings import LatentPriorSettings, priors
 from idm_fast.training.latent_validation import LatentValidation
 from idm_fast.training.log import put_row
-from idm_fast.training.loop import Loop
 from idm_fast.training.noising import item_seeds, noised
 from idm_fast.training.reconstruction import deviation
 from idm_fast.training.sheet import faces_to_show
 from idm_fast.training.state import Stateful
 from idm_fast.training.warm_start import warm_start
 
-_CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
 _SCALED_BY = 64  # faces whose latents give the scale, where the VQGAN does not know its own
 
 
@@ -60,11 +58,13 @@ class _Latents:
         self.space = _scaled(self.space, float(state["scale"]))
 
 
-class LatentPriorTrainer(Loop[ModelConfig, UNet]):
+class LatentPriorTrainer(FaceLoop[ModelConfig, UNet]):
     """One run: ``LatentPriorTrainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
     Raises ``IdmFastError`` before any work for data, settings, a VQGAN or a state that do not fit.
     """
+
+    settings: LatentPriorSettings
 
     def __init__(self, settings: LatentPriorSettings) -> None:
         self.settings = settings
@@ -100,13 +100,8 @@ class LatentPriorTrainer(Loop[ModelConfig, UNet]):
         return super().parts() | {"latents": self._latents}
 
     def _steps(self) -> Iterator[dict[str, float]]:
-        s, group = self.settings, self.group
-        total = s.steps * s.batch_size * group.size
-        cache = _CACHE_BYTES // max(1, s.workers)
-        pairs = FacePairs(self.faces, self.vqgan.config.image_size, total, s.seed, cache_bytes=cache)
-        mine = Subset(pairs, range(self._first() + group.rank, total, group.size))
-        for x0, y in DataLoader(mine, s.batch_size, num_workers=s.workers, pin_memory=self.device.type == "cuda"):
-            yield self._step(x0.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+        for x0, y in self._pairs(self.vqgan.config.image_size):
+            yield self._step(x0, y)
 
     def _step(self, x0: Tensor, y: Tensor) -> dict[str, float]:
         s, group, count = self.settings, self.group, len(x0)
@@ -126,8 +121,7 @@ class LatentPriorTrainer(Loop[ModelConfig, UNet]):
             terms = self.loss.latent(z_hat, z0, snr)
             if len(seen):
                 terms |= self.loss.picture(self.vqgan, z_hat[seen] / self.scale, x0[seen], corner)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = s.learning_rate_at(self.step)
+        self._set_rate()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)

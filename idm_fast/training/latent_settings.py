@@ -8,11 +8,11 @@ from pathlib import Path
 from idm_fast.config import PRESETS
 from idm_fast.errors import IdmFastError
 from idm_fast.training.latent_loss import LatentLossWeights
-from idm_fast.training.settings import RunSettings
+from idm_fast.training.settings import FaceSettings
 
 
 @dataclass(frozen=True)
-class LatentPriorSettings(RunSettings):
+class LatentPriorSettings(FaceSettings):
     """Of a prior over the latents of the VQGAN in the file ``vqgan``, which stays as it is.
 
     ``pure_noise``: share of items at the last time, where every walk starts. ``rollout``: share of items whose x_t is
@@ -27,14 +27,12 @@ class LatentPriorSettings(RunSettings):
     rollout: float = 0.375
     val_faces: int = 24
     init_from: Path | None = None
-    workers: int = 0
     loss: LatentLossWeights = field(default_factory=LatentLossWeights)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("workers", 0), ("val_faces", 1)):
-            if getattr(self, name) < least:
-                raise IdmFastError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.val_faces < 1:
+            raise IdmFastError(f"val_faces must be >= 1, got {self.val_faces}")
         for name in ("pure_noise", "rollout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise IdmFastError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

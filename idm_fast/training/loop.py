@@ -151,6 +151,10 @@ class Loop(ABC, Generic[Config, Model]):
         """Position in the run of this step's first item; process r of n has items r, r + n, r + 2n, ... of a step."""
         return self.step * self._run.batch_size * self.group.size
 
+    def _set_rate(self) -> None:
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self._run.learning_rate_at(self.step)
+
     def _autocast(self) -> AbstractContextManager[None]:
         dtype = _AUTOCAST.get(self._run.precision)
         return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -68,7 +68,19 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings(RunSettings):
+class FaceSettings(RunSettings):
+    """Of a run over faces that ``workers`` processes of their own read and degrade; 0: the training process itself."""
+
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 0:
+            raise IdmFastError(f"workers must be >= 0, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class TrainSettings(FaceSettings):
     """Of a restorer. ``pure_noise``: share of items at t = 1, where every chain starts. ``rollout``: share of items
     whose x_t is built from the model's own one-step answer instead of the truth, so that it learns to improve on
     itself as sampling will ask it to.
@@ -78,13 +90,10 @@ class TrainSettings(RunSettings):
     pure_noise: float = 0.375
     rollout: float = 0.375
     init_from: Path | None = None
-    workers: int = 0
     loss: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers < 0:
-            raise IdmFastError(f"workers must be >= 0, got {self.workers}")
         for name in ("pure_noise", "rollout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise IdmFastError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from idm_fast.checkpoints import native
 from idm_fast.config_vqgan import VqganConfig, vqgan_preset
@@ -25,15 +24,14 @@ from idm_fast.models.vqgan import Vqgan
 from idm_fast.training.codebook import CodebookAverage
 from idm_fast.training.data import FacePictures
 from idm_fast.training.ema import Ema
+from idm_fast.training.face_loop import FaceLoop
 from idm_fast.training.log import put_row
-from idm_fast.training.loop import Loop
 from idm_fast.training.reconstruction import Reconstruction, draw, measure
 from idm_fast.training.sheet import faces_to_show
 from idm_fast.training.state import Stateful
 from idm_fast.training.vqgan_loss import VqganLoss
 from idm_fast.training.vqgan_settings import VqganSettings
 
-_CACHE_BYTES = 1 << 30  # of decoded pictures, all loading processes together
 _SHOWN, _MEASURED = 8, 64  # validation faces of a sheet, and of its figures
 
 
@@ -50,11 +48,13 @@ class _Pass(nn.Module):
         return self.model.decode(quantised if quantise else latent, quantize=False), latent, quantised, codes
 
 
-class VqganTrainer(Loop[VqganConfig, Vqgan]):
+class VqganTrainer(FaceLoop[VqganConfig, Vqgan]):
     """One run: ``VqganTrainer(settings).run()``. Resumes from ``settings.out / 'state.pt'`` when it is there.
 
     Raises ``IdmFastError`` before any work for data, settings or a state that do not fit.
     """
+
+    settings: VqganSettings
 
     def __init__(self, settings: VqganSettings) -> None:
         self.settings = settings
@@ -87,12 +87,9 @@ class VqganTrainer(Loop[VqganConfig, Vqgan]):
         return parts
 
     def _steps(self) -> Iterator[dict[str, float]]:
-        s, group = self.settings, self.group
-        total = s.steps * s.batch_size * group.size
-        cache = _CACHE_BYTES // max(1, s.workers)
-        pictures = FacePictures(self.faces, self.model.config.image_size, total, s.seed, s.degraded, cache)
-        mine = Subset(pictures, range(self._first() + group.rank, total, group.size))
-        for x in DataLoader(mine, s.batch_size, num_workers=s.workers, pin_memory=self.device.type == "cuda"):
+        s, size = self.settings, self.model.config.image_size
+        pictures = FacePictures(self.faces, size, self._items, s.seed, s.degraded, self._cache_bytes)
+        for x in self._batches(pictures):
             yield self._step(x.to(self.device, non_blocking=True))
 
     def _step(self, x: Tensor) -> dict[str, float]:
@@ -101,8 +98,7 @@ class VqganTrainer(Loop[VqganConfig, Vqgan]):
         side = max(1, x.shape[-1] - s.loss.vgg_crop + 1)
         corner = (int(rng.integers(side)), int(rng.integers(side)))
         torch.manual_seed(int(rng.integers(2**31)) + group.rank)  # of dropout
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = s.learning_rate_at(self.step)
+        self._set_rate()
         with self._autocast():
             made, latent, quantised, codes = self.network(x, self.step >= s.codebook_lead)
             last = self.model.decoder.out_conv.weight

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from idm_fast.errors import IdmFastError
-from idm_fast.training.settings import RunSettings
+from idm_fast.training.settings import FaceSettings
 from idm_fast.training.vqgan_loss import VqganLossWeights
 
 
 @dataclass(frozen=True)
-class VqganSettings(RunSettings):
+class VqganSettings(FaceSettings):
     """Of an autoencoder. ``degraded``: share of items that are degraded faces, since a restorer encodes those too.
 
     ``codebook_lead``: for so many steps the decoder sees latents that are not quantised, while the codes gather where
@@ -27,14 +27,12 @@ class VqganSettings(RunSettings):
     revive_below: float = 0.1
     revive_every: int = 20
     init_from: Path | None = None
-    workers: int = 0
     loss: VqganLossWeights = field(default_factory=VqganLossWeights)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("workers", "codebook_lead"):
-            if getattr(self, name) < 0:
-                raise IdmFastError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.codebook_lead < 0:
+            raise IdmFastError(f"codebook_lead must be >= 0, got {self.codebook_lead}")
         for name in ("degraded", "codebook_decay", "revive_below"):
             if not 0 <= getattr(self, name) < 1:
                 raise IdmFastError(f"{name} must lie in [0, 1), got {getattr(self, name)}")

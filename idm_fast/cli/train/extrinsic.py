@@ -11,7 +11,9 @@ from idm_fast.cli.checks import add_bounds
 from idm_fast.cli.train import flags
 from idm_fast.diffusion import SOLVERS
 from idm_fast.training.degradation import LEVELS
+from idm_fast.training.losses import LossWeights
 from idm_fast.training.rounds import JudgeSettings, RoundSettings
+from idm_fast.training.settings import TrainSettings
 
 _EXAMPLES = """examples:
   from scratch: R_0 is trained for 4,000 steps, then two rounds of cleaning and 1,000 steps each
@@ -120,7 +122,7 @@ def round_settings(args: argparse.Namespace) -> RoundSettings:
         )
     }  # fmt: skip
     return RoundSettings(
-        flags.train_settings(args),
+        flags.settings(args, TrainSettings, LossWeights),
         rounds=args.rounds,
         round_steps=args.round_steps,
         round_learning_rate=args.round_learning_rate,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from tqdm import tqdm
 
@@ -15,6 +16,9 @@ from idm_fast.config import PRESETS
 from idm_fast.errors import IdmFastError
 from idm_fast.training.losses import LossWeights
 from idm_fast.training.settings import RunSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from idm_fast.training.loop import Loop  # heavy: only when training
 
 _NUMBERS = {
     "steps": "optimiser steps of the whole run",
@@ -45,6 +49,7 @@ _NUMBERS = {
     "sheet_every": "steps between sheets",
 }
 Weights = TypeVar("Weights")
+Settings = TypeVar("Settings", bound=RunSettings)
 DEFAULTS = TrainSettings(Path(), Path())
 _ALIGNED_PX = 256  # side of the crops that --align makes: the largest trainable preset's
 
@@ -101,13 +106,26 @@ def check_budget(args: argparse.Namespace) -> None:
         raise IdmFastError(f"--budget-minutes must be > 0, got {args.budget_minutes}")
 
 
-def train_settings(args: argparse.Namespace) -> TrainSettings:
-    """The settings that ``args`` ask for; with --align the faces are those that will be cut out."""
-    values = {item.name: getattr(args, item.name) for item in fields(TrainSettings) if hasattr(args, item.name)}
-    values["loss"] = losses(args, LossWeights)
+def settings(args: argparse.Namespace, kind: type[Settings], weights: type[Any] | None = None) -> Settings:
+    """The ``kind`` of settings that ``args`` ask for, with ``weights`` of its loss where it has such.
+
+    With --align the faces are those that will be cut out, which comes after: wrong settings should not cost that time.
+    """
+    check_budget(args)
+    values = {item.name: getattr(args, item.name) for item in fields(kind) if hasattr(args, item.name)}
+    if weights is not None:
+        values["loss"] = losses(args, weights)
     if args.align:
         values["data"] = args.out / "aligned"
-    return TrainSettings(**values)
+    return kind(**values)
+
+
+def train(args: argparse.Namespace, settings: Settings, trainer: Callable[[Settings], Loop[Any, Any]]) -> int:
+    """Cuts the faces out where --align asks for it, and trains."""
+    if args.align:
+        align(args.data, settings.data)
+    trainer(settings).run(args.budget_minutes)
+    return 0
 
 
 def align(photographs: Path, crops: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,8 @@ def add_parser(kinds: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags.check_budget(args)
-    values = {item.name: getattr(args, item.name) for item in fields(GeneratorSettings)}
-    if args.align:
-        values["data"] = args.out / "aligned"
-    settings = GeneratorSettings(**values)
-    if args.align:
-        flags.align(args.data, settings.data)
+    settings = flags.settings(args, GeneratorSettings)
 
     from idm_fast.training.generator import GeneratorTrainer  # heavy: only when training
 
-    GeneratorTrainer(settings).run(args.budget_minutes)
-    return 0
+    return flags.train(args, settings, GeneratorTrainer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,8 @@ def add_parser(kinds: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags.check_budget(args)
-    values = {item.name: getattr(args, item.name) for item in fields(IdentitySettings)}
-    if args.align:
-        values["data"] = args.out / "aligned"
-    settings = IdentitySettings(**values)  # before the faces are cut out: wrong settings should not cost that time
-    if args.align:
-        flags.align(args.data, settings.data)
+    settings = flags.settings(args, IdentitySettings)
 
     from idm_fast.training.identity import IdentityTrainer  # heavy: only when training
 
-    IdentityTrainer(settings).run(args.budget_minutes)
-    return 0
+    return flags.train(args, settings, IdentityTrainer)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from idm_fast.cli.train import flags
+from idm_fast.training.losses import LossWeights
+from idm_fast.training.settings import TrainSettings
 
 _EXAMPLES = """examples:
   idm-fast train intrinsic --data faces --out runs/mine --budget-minutes 60
@@ -30,12 +32,8 @@ def add_parser(kinds: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags.check_budget(args)
-    settings = flags.train_settings(args)  # before the faces are cut out: wrong settings should not cost that time
-    if args.align:
-        flags.align(args.data, settings.data)
+    settings = flags.settings(args, TrainSettings, LossWeights)
 
     from idm_fast.training.intrinsic import Trainer  # heavy: only when training
 
-    Trainer(settings).run(args.budget_minutes)
-    return 0
+    return flags.train(args, settings, Trainer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +41,9 @@ def add_parser(kinds: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags.check_budget(args)
-    values = {item.name: getattr(args, item.name) for item in fields(LatentMaskSettings) if hasattr(args, item.name)}
-    values |= {"loss": flags.losses(args, MaskLossWeights), "guidance_interval": tuple(args.guidance_interval)}
-    if args.align:
-        values["data"] = args.out / "aligned"
-    settings = LatentMaskSettings(**values)  # before the faces are cut out: wrong settings should not cost that time
-    if args.align:
-        flags.align(args.data, settings.data)
+    args.guidance_interval = tuple(args.guidance_interval)
+    settings = flags.settings(args, LatentMaskSettings, MaskLossWeights)
 
     from idm_fast.training.latent_mask import LatentMaskTrainer  # heavy: only when training
 
-    LatentMaskTrainer(settings).run(args.budget_minutes)
-    return 0
+    return flags.train(args, settings, LatentMaskTrainer)

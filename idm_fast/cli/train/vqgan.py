@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,8 @@ def add_parser(kinds: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags.check_budget(args)
-    values = {item.name: getattr(args, item.name) for item in fields(VqganSettings) if hasattr(args, item.name)}
-    values["loss"] = flags.losses(args, VqganLossWeights)
-    if args.align:
-        values["data"] = args.out / "aligned"
-    settings = VqganSettings(**values)  # before the faces are cut out: wrong settings should not cost that time
-    if args.align:
-        flags.align(args.data, settings.data)
+    settings = flags.settings(args, VqganSettings, VqganLossWeights)
 
     from idm_fast.training.vqgan import VqganTrainer  # heavy: only when training
 
-    VqganTrainer(settings).run(args.budget_minutes)
-    return 0
+    return flags.train(args, settings, VqganTrainer)
