@@ -270,6 +270,8 @@ WRONG = {
     "no steps": (["--steps", 0], "steps"),
     "steps of nothing": (["--steps", 2], "--steps is of restorers and must come with --model"),
     "a method of nothing": (["--method", "difface"], "--method is of restorers and must come with --model"),
+    "changes of nothing": (["--against", "a"], "--against is of restorers and must come with --model"),
+    "no such row": (["--against", "a"], "--against must be one of 'degraded input', 'denoise"),
     "too small for a metric": (["--metrics", "niqe"], "at least 64 px wide and high, got 32 (--metrics chooses"),
     "a folder as file": (["--markdown", "."], "--markdown must be a file"),
 }
@@ -278,7 +280,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_usage_says_so(name: str, run: Any, tiny_model: Path, capsys: Captured) -> None:
     arguments, message = WRONG[name]
-    extra = ["--model", tiny_model] if name == "no steps" else []
+    extra = ["--model", tiny_model] if name in ("no steps", "no such row") else []
     code, found = run(*extra, *arguments)
     error = capsys.readouterr().err
     assert code == 2

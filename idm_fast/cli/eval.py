@@ -17,6 +17,7 @@ from idm_fast.clr_face import ClrFaceRestorer
 from idm_fast.diffusion import SOLVERS
 from idm_fast.errors import IdmFastError
 from idm_fast.evaluation.baseline import denoise_and_sharpen
+from idm_fast.evaluation.changes import compared
 from idm_fast.evaluation.environment import environment
 from idm_fast.evaluation.inception import LIBRARIES, Inception
 from idm_fast.evaluation.metrics import FaceMetrics
@@ -51,7 +52,7 @@ examples:
   idm-fast eval --data faces --model idm-face-128                              the shipped model at its defaults
   idm-fast eval --data faces --model idm-face-128 --steps 1 2 4 8 16 --sampler ddim dpmpp_2m --plots plots
   idm-fast eval --data faces --model idm-face-128 --model runs/mine/model.safetensors --json mine.json
-  idm-fast eval --data faces --model clr.safetensors --parts vqgan unguided unmasked masked
+  idm-fast eval --data faces --model clr-face-128 --parts unguided masked --against 'clr-face-128 (unguided)'
   idm-fast eval --data faces --pictures theirs --pictures cleaned --metrics psnr lpips_alex niqe
   idm-fast eval --data faces --split val --size 64 --samples generated         of a model that draws faces
 """
@@ -96,6 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("A", "B"), help="the guided part of the way")
     p.add_argument("--guidance-every", type=int, metavar="K", help="a gradient at every K-th evaluation")
     p.add_argument("--guidance-resolution", type=int, metavar="PX", help="side at which faces are recognised")
+    p.add_argument(
+        "--against", metavar="ROW", help="also how the others differ from this row, face by face; its name as the "
+        "table says it ('degraded input', 'idm-face-128', 'clr-face-128 (unguided)')",
+    )  # fmt: skip
     p.add_argument("--no-baseline", action="store_true", help="leave out the denoise + sharpen rows")
     p = parser.add_argument_group("pictures")
     for flag, text in (
@@ -133,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
         dict.fromkeys(args.levels or (list(LEVELS) if args.model or not (args.pictures or args.samples) else []))
     )
     subjects = _subjects(args) if levels else []
+    if args.against is not None:
+        compared(subjects, args.against)  # a wrong name ends the run here
     sets: list[PictureSet] = []
     for kind, clean in ((args.pictures, paths), (args.samples, [])):
         for folder in {folder.resolve(): folder for folder in kind}.values():
@@ -164,8 +171,9 @@ def run(args: argparse.Namespace) -> int:
             (load_at(path, args.size) for path in paths), [_ticking(s, bar) for s in subjects], metrics,
             levels=levels, reference=reference, seed=args.seed, batch_size=args.batch_size, device=args.device,
             progress=progress, names=[str(path.relative_to(args.data)) for path in paths], sets=sets, parts=parts,
+            against=args.against,
         )  # fmt: skip
-    report = Report(report.conditions | {"settings": settings}, report.rows)
+    report = replace(report, conditions=report.conditions | {"settings": settings})
     _write(report, args, parts)
     return 0
 
@@ -180,7 +188,7 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None and path.exists() and path.is_dir() != wants_folder:
             raise IdmFastError(f"--{name} must be a {'folder' if wants_folder else 'file'}, got {path}")
     if not args.model:
-        for name in ("steps", "sampler", "eta", "strength", "dtype", "method", *_OF_GUIDANCE):
+        for name in ("steps", "sampler", "eta", "strength", "dtype", "method", "against", *_OF_GUIDANCE):
             if getattr(args, name) is not None:
                 raise IdmFastError(f"--{name.replace('_', '-')} is of restorers and must come with --model, got none")
     for name in ("estimator", "start_index"):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idm_fast.evaluation.changes import changes, compared
 from idm_fast.evaluation.environment import environment
 from idm_fast.evaluation.metrics import FaceMetrics
 from idm_fast.evaluation.parts import Part, Parts
@@ -61,11 +62,13 @@ def evaluate(
     names: Sequence[str] = (),
     sets: Sequence[PictureSet] = (),
     parts: Parts | None = None,
+    against: str | None = None,
 ) -> Report:
     """Degrades every face at every level (seed + its number), restores it with every subject and measures.
 
     ``reference`` names the clean set in words, ``names`` each of its faces. The pictures of ``sets`` are measured as
     they are. ``progress`` is told the number of faces and pictures finished so far; ``parts`` keeps what is finished.
+    ``against``: the subject from which the others' changes are told.
     Raises ``ValueError`` when there is no face, or a subject's output is mis-shaped or not finite.
     """
     keep = parts.get_or if parts else _measured
@@ -87,6 +90,12 @@ def evaluate(
     for level in levels:
         for index, subject in enumerate(subjects):
             rows.append(_row(level, subject, _of(found, f"{level}/{index}"), own, seed, names, pairs=done))
+    changed = []
+    for level in levels if against else ():
+        for index, base in compared(subjects, against or ""):
+            apart = changes(_of(found, f"{level}/{index}"), _of(found, f"{level}/{base}"), own, seed)
+            one = subjects[index]
+            changed.append(Row(level, one.name, one.steps, apart, one.sampler, one.evaluations, done, done))
     finished = done
     for number, pictures in enumerate(sets):
         judged = []
@@ -108,7 +117,7 @@ def evaluate(
         "notes": [*metrics.notes(size), *_sizes(rows, done)],
         **environment(device),
     }
-    return Report(conditions, rows)
+    return Report(conditions, rows, against, changed)
 
 
 def _batches(faces: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -27,6 +27,7 @@ LABELS = {
 }
 HEADINGS = {key: LABELS[key] for key in FaceMetrics.DEFAULT}  # of what is measured where nothing else is asked for
 _DIGITS = {"psnr": 2, FD: 1, "fid": 1, "landmarks": 2, "niqe": 2}
+_PERCENT = {FD: "FD-VGG % ↓", "fid": "FID % ↓"}  # of changes
 _NOTHING = Estimate(math.nan, math.nan, math.nan)
 _MOST_NAMED = 10  # pictures without a value that the Markdown names; the JSON names all
 
@@ -68,39 +69,59 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows (the clean faces, subjects level by level, sets) and the conditions under which they hold."""
+    """Rows (the clean faces, subjects level by level, sets) and the conditions under which they hold.
+
+    ``changes``: of the subjects from the one called ``against``, face by face (see changes.py).
+    """
 
     conditions: dict[str, Any]
     rows: list[Row]
+    against: str | None = None
+    changes: list[Row] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """A document of plain values; what is infinite or not a number becomes null."""
-        return {"conditions": self.conditions, "rows": [row.as_json() for row in self.rows]}
+        document = {"conditions": self.conditions, "rows": [row.as_json() for row in self.rows]}
+        if self.against is None:
+            return document
+        return document | {"against": self.against, "changes": [row.as_json() for row in self.changes]}
 
     def as_markdown(self) -> str:
-        """The conditions in a sentence, a table of ``mean [low, high]``, and what had no value."""
+        """The conditions in a sentence, a table of ``mean [low, high]``, what had no value, and the changes."""
         c = self.conditions
-        keys = [key for key in LABELS if any(key in row.estimates for row in self.rows)]
-        samplers = any(row.sampler for row in self.rows)
-        sets = any(row.pictures != c["faces"] or row.pairs not in (0, row.pictures) for row in self.rows)
-        columns = {"level": "---", "what": "---", **({"sampler": "---"} if samplers else {}), "steps": "--:"}
-        columns |= {"pictures (with a clean twin)": "--:"} if sets else {}
         lines = [
             f"Reference set: {c['reference']}, N = {c['faces']}, {c['crop_px']} px crops. "
             f"Degradation version {c['degradation_version']}, seed {c['seed']}. 95 % intervals: {c['intervals']}."
             + "".join(f" {note}." for note in c.get("notes", [])),
             "",
-            f"| {' | '.join([*columns, *(LABELS[key] for key in keys)])} |",
+            *self._table(self.rows, LABELS),
+        ]
+        without = [_without(row) for row in self.rows if row.missing]
+        lines += ["", *without] if without else []
+        if self.changes:
+            said = "95 % intervals of the mean difference; of distances of sets: of the change in percent"
+            lines += ["", f"Change from {self.against} on the same faces ({said}):", ""]
+            lines += self._table(self.changes, LABELS | _PERCENT, "+")
+        return "\n".join(lines) + "\n"
+
+    def _table(self, rows: Sequence[Row], labels: Mapping[str, str], sign: str = "") -> list[str]:
+        faces = self.conditions["faces"]
+        keys = [key for key in labels if any(key in row.estimates for row in rows)]
+        samplers = any(row.sampler for row in rows)
+        sets = any(row.pictures != faces or row.pairs not in (0, row.pictures) for row in rows)
+        columns = {"level": "---", "what": "---", **({"sampler": "---"} if samplers else {}), "steps": "--:"}
+        columns |= {"pictures (with a clean twin)": "--:"} if sets else {}
+        lines = [
+            f"| {' | '.join([*columns, *(labels[key] for key in keys)])} |",
             f"|{'|'.join([*columns.values(), *(['--:'] * len(keys))])}|",
         ]
-        for row in self.rows:
+        for row in rows:
             cells = [row.level, row.name, *([row.sampler or "-"] if samplers else [])]
             cells += ["-" if row.steps is None else str(row.steps)]
             cells += [f"{row.pictures} ({row.pairs})"] if sets else []
-            cells += [_cell(row, key) for key in keys]
+            cells += [_cell(row, key, sign) for key in keys]
             lines.append(f"| {' | '.join(cells)} |")
-        without = [_without(row) for row in self.rows if row.missing]
-        return "\n".join([*lines, *([""] if without else []), *without]) + "\n"
+        return lines
 
 
 def estimates(
@@ -138,13 +159,13 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _cell(row: Row, key: str) -> str:
+def _cell(row: Row, key: str, sign: str = "") -> str:
     e = row.estimates.get(key)
     if e is None or math.isnan(e.mean):
         return "-"
-    digits = _DIGITS.get(key, 3)
+    shown = f"{sign}.{_DIGITS.get(key, 3)}f"
     mark = f" ({len(row.missing[key])} without)" if key in row.missing else ""
-    return f"{e.mean:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]{mark}"
+    return f"{e.mean:{shown}} [{e.low:{shown}}, {e.high:{shown}}]{mark}"
 
 
 def _without(row: Row) -> str:

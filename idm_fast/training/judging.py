@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from idm_fast.crops import SampleSettings
 from idm_fast.errors import IdmFastError
-from idm_fast.evaluation.metrics import Estimate, FaceMetrics, Indices, bootstrap_mean, frechet_distance, jackknife
+from idm_fast.evaluation.changes import changes
+from idm_fast.evaluation.metrics import Estimate, FaceMetrics
 from idm_fast.evaluation.parts import Part, Parts
 from idm_fast.evaluation.report import CLEAN, FD, Subject, evaluate
 from idm_fast.files import atomic
@@ -179,32 +180,18 @@ def load_values(folder: Path) -> dict[str, Tensor]:
 
 def _changes(now: dict[str, Tensor], before: dict[str, Tensor], settings: JudgeSettings) -> list[dict[str, Any]]:
     """Estimates of the change between two models, over the same faces; of FD-VGG in percent."""
-    clean = now[f"clean/{FD}"].double()
+
+    def of(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
     rows = []
     for level in settings.levels:
         for steps in settings.steps:
             prefix = f"{level}/{steps}/"
-            metrics = {}
-            for name in (key.removeprefix(prefix) for key in now if key.startswith(prefix)):
-                ours, theirs = now[prefix + name].double(), before[prefix + name].double()
-                if name == FD:
-                    estimate = _fd_change(ours, theirs, clean)
-                else:
-                    estimate = bootstrap_mean(ours - theirs, _SEED)
-                metrics[name] = _plain(estimate)
+            found = changes(of(now, prefix), of(before, prefix), of(now, "clean/"), _SEED)
+            metrics = {name: _plain(estimate) for name, estimate in found.items()}
             rows.append({"level": level, "steps": steps, "metrics": metrics})
     return rows
-
-
-def _fd_change(now: Tensor, before: Tensor, clean: Tensor) -> Estimate:
-    if len(clean) < 2:  # a distribution cannot be fitted to one face
-        return Estimate(math.nan, math.nan, math.nan)
-
-    def percent(pick: Indices) -> float:
-        old = frechet_distance(before[pick], clean[pick])
-        return 100 * (frechet_distance(now[pick], clean[pick]) / old - 1) if old else math.nan
-
-    return jackknife(percent, len(clean), _SEED)
 
 
 def _plain(estimate: Estimate) -> dict[str, float | None]:
