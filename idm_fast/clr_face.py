@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idm_fast.config import ModelConfig
 from idm_fast.config_clr_face import ClrFaceConfig
 from idm_fast.diffusion import Guidance, SamplerTable, initial_noise, sample
 from idm_fast.engine import EngineOptions
-from idm_fast.engine.engine import Callback
 from idm_fast.engine.latent import LatentEngine, compile_latent
+from idm_fast.engine.memory import exhausted
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.errors import IdmFastError
 from idm_fast.face_model import FaceModel
@@ -27,6 +28,7 @@ from idm_fast.identity import IdentityGradient
 from idm_fast.models.clr_face import ClrFace
 from idm_fast.models.recognition import Recognition
 from idm_fast.sampling import GuidanceSettings, SampleSettings
+from idm_fast.walk import Walk
 
 USED = ("group_norm_silu", "attention", "sampler_update", "vq_nearest")
 USED_BY_ENGINE = ("conv2d", "norm_coefficients", "attention", "sampler_update", "vq_nearest")
@@ -34,7 +36,7 @@ _IN_FLOAT32 = ("sampler_update", "vq_nearest")  # on latents, whatever the netwo
 
 
 class ClrFaceRestorer(FaceModel):
-    """Restored faces of degraded crops by a CLR-Face model. Arguments as for ``CropRestorer``; 8 bits are the prior's
+    """Restored faces of degraded crops by a CLR-Face model. Arguments as for ``FaceModel``; 8 bits are the prior's
     alone.
 
     The guidance's gradient runs in plain float32 modules. Where the recognition network is not installed a walk is not
@@ -44,26 +46,25 @@ class ClrFaceRestorer(FaceModel):
     clamp = None  # latents have no bounds
     config: ClrFaceConfig
     module: ClrFace
+    skipped = 0
+    _recognition: Recognition | None = None
+    _missing: str | None = None  # why there is none
 
-    def __init__(
-        self,
-        config: ClrFaceConfig,
-        module: ClrFace,
-        device: torch.device,
-        dtype: torch.dtype | str,
-        backend: str | None = None,
-        engine: bool = True,
-        cache_every: int = 1,
-    ) -> None:
-        super().__init__(config, config.prior, config.image_size, module, device, dtype, backend, engine, cache_every)
-        self._plain = self.module = module.to(device).requires_grad_(False)
-        self.skipped = 0
-        self._recognition: Recognition | None = None
-        self._missing: str | None = None  # why there is none
-        if engine:
-            self._packed = tuple(PackedWeights(part, self.dtype, device) for part in (module.prior, module.vqgan))
+    @property
+    def walked(self) -> ModelConfig:
+        return self.config.prior
+
+    @property
+    def size(self) -> int:
+        return self.config.image_size
+
+    def _place(self) -> None:
+        self._plain = self.module.to(self.device).requires_grad_(False)
+        if self._engines is not None:
+            parts = self.module.prior, self.module.vqgan
+            self._packed = tuple(PackedWeights(part, self.dtype, self.device) for part in parts)
         elif self.dtype != torch.float32:  # the guidance keeps the float32 one
-            self._plain = copy.deepcopy(module).to(self.dtype)
+            self._plain = copy.deepcopy(self.module).to(self.dtype)
 
     def _used(self) -> Iterator[tuple[str, torch.dtype]]:
         used = USED if self._engines is None else USED_BY_ENGINE
@@ -85,14 +86,17 @@ class ClrFaceRestorer(FaceModel):
             )
         if scale and not self._recognises(required=asked.scale is not None):
             scale = 0.0
-        guidance = GuidanceSettings(
-            scale,
-            asked.interval or (c.guidance_interval[0], c.guidance_interval[1]),
-            asked.every or c.guidance_every,
-            resolution,
-            asked.masked,
-        )
-        return replace(settings.resolved(self.walked), guidance=guidance)
+        interval = asked.interval or (c.guidance_interval[0], c.guidance_interval[1])
+        guidance = GuidanceSettings(scale, interval, asked.every or c.guidance_every, resolution, asked.masked)
+        full = replace(settings.resolved(self.walked), guidance=guidance)
+        if scale and (asked.scale is not None or asked.interval is not None):
+            evaluations = self.table(full).evaluations
+            if not Guidance(torch.zeros_like, interval=interval).guided(evaluations):
+                raise IdmFastError(
+                    f"guidance_interval must hold one of the walk's {evaluations} evaluations, which lie at "
+                    f"0/{evaluations} to {evaluations - 1}/{evaluations} of the way, got {interval}"
+                )
+        return full
 
     def _recognises(self, required: bool) -> bool:
         """Whether the recognition network is here; loads it at the first call."""
@@ -109,18 +113,24 @@ class ClrFaceRestorer(FaceModel):
             raise IdmFastError(f"guidance_scale must be 0 (--no-identity-guidance) here: {self._missing}")
         return self._recognition is not None
 
-    def _guidance(self, y: Tensor, settings: SampleSettings) -> Guidance | None:
-        """Of degraded crops ``y``; None where the walk is not guided."""
-        asked = settings.guidance
+    def _guidance(self, walk: Walk) -> Guidance | None:
+        """None where the walk is not guided. Its images behind the degraded crops are not, and cost nothing."""
+        asked, crops = walk.settings.guidance, walk.cond
         if not asked.scale:
             return None
         assert self._recognition is not None
         assert asked.interval is not None
+        assert crops is not None
         with torch.inference_mode(False), torch.no_grad():  # autograd keeps the target, and no inference tensor
-            target = self.module.irn(y.clone(), self._recognition)
+            target = self.module.irn(crops[: len(crops) - walk.fill].clone(), self._recognition)
             mask = self.module.mask() if asked.masked else None
         factor = self.size // (asked.resolution or self.size)
-        gradient = IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor, scale=asked.scale)
+        found = IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor, scale=asked.scale)
+
+        def gradient(x0_hat: Tensor) -> Tensor:
+            of_faces = found(x0_hat[: len(target)])
+            return torch.cat([of_faces, of_faces.new_zeros(walk.fill, *of_faces.shape[1:])])
+
         return Guidance(gradient, asked.scale, asked.interval, asked.every or 1)
 
     def _note(self, guidance: Guidance | None) -> None:
@@ -132,27 +142,17 @@ class ClrFaceRestorer(FaceModel):
 
     # ---- walks ----
 
-    def _beginning(
-        self, y: Tensor, seeds: Tensor, table: SamplerTable, settings: SampleSettings
-    ) -> tuple[Tensor, Tensor | None]:
-        shape = (len(y), self.config.vqgan.embed_channels, self.config.latent_size, self.config.latent_size)
-        noise = initial_noise(seeds, shape, self.device)
-        return noise if settings.strength == 1 else table.sigma_start * noise, y
+    def _begun(self, walk: Walk) -> Walk:
+        shape = (len(walk), self.config.vqgan.embed_channels, self.config.latent_size, self.config.latent_size)
+        noise = initial_noise(walk.seeds, shape, self.device)
+        return replace(walk, x=noise if walk.whole else walk.table.sigma_start * noise)
 
-    def _walked_plainly(
-        self,
-        start: Tensor,
-        seeds: Tensor,
-        cond: Tensor | None,
-        table: SamplerTable,
-        settings: SampleSettings,
-        report: Callback | None,
-    ) -> Tensor:
-        assert cond is not None
-        latent, guidance = self._plain.encode(cond), self._guidance(cond, settings)
+    def _walked_plainly(self, walk: Walk) -> Tensor:
+        assert walk.cond is not None
+        latent, guidance = self._plain.encode(walk.cond), self._guidance(walk)
         walked = sample(
-            lambda x, t: self._plain.prior(x, t, latent), table, start + _kept(table, settings) * latent, seeds,
-            callback=report, guidance=guidance, network_dtype=self.dtype,
+            lambda x, t: self._plain.prior(x, t, latent), walk.table, walk.x + _kept(walk) * latent, walk.seeds,
+            callback=walk.report, guidance=guidance, network_dtype=self.dtype,
         )  # fmt: skip
         self._note(guidance)
         return self._plain.decode(walked)
@@ -164,19 +164,13 @@ class ClrFaceRestorer(FaceModel):
             autoencoder_weights=self._packed[1],
         )  # fmt: skip
 
-    def _walked_by(
-        self,
-        engine: Any,
-        start: Tensor,
-        seeds: Tensor,
-        cond: Tensor | None,
-        table: SamplerTable,
-        settings: SampleSettings,
-        report: Callback | None,
-    ) -> Tensor:
-        assert cond is not None
-        guidance = self._guidance(cond, settings)
-        out: Tensor = engine.run(start, seeds, cond, report, guidance, keep=_kept(table, settings))
+    def _walked_by(self, engine: Any, walk: Walk) -> Tensor:
+        engine.keep(_kept(walk))
+        try:
+            guidance = self._guidance(walk)
+            out: Tensor = engine.run(walk.x, walk.seeds, walk.cond, walk.report, guidance)
+        except torch.OutOfMemoryError as error:  # a gradient's, which needs more than the plan
+            raise exhausted((len(walk), self.size, self.size), error) from None
         self._note(guidance)
         return out
 
@@ -184,11 +178,11 @@ class ClrFaceRestorer(FaceModel):
     def reconstruct(self, y: Tensor) -> Tensor:
         """``decode(encode(y))``: crops as the autoencoder alone gives them back, by plain modules. As ``restore``."""
         self._check(y)
-        y = y.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-        with self._forced():
+        y = self._placed(y)
+        with self._on_device(), self._forced():
             return self._plain.decode(self._plain.encode(y)).clamp_(-1, 1).cpu()
 
 
-def _kept(table: SamplerTable, settings: SampleSettings) -> float:
+def _kept(walk: Walk) -> float:
     """How much of the latent the walk begins with."""
-    return 0.0 if settings.strength == 1 else table.alpha_start
+    return 0.0 if walk.whole else walk.table.alpha_start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch.nn.functional import interpolate
 from idm_fast.config import ModelConfig
 from idm_fast.diffusion import SamplerTable, initial_noise, noised_start, sample
 from idm_fast.engine import Engine, EngineOptions
-from idm_fast.engine.engine import Callback
 from idm_fast.engine.weights import PackedWeights
 from idm_fast.face_model import MOST_ENGINES, FaceModel, Progress
 from idm_fast.models.unet import UNet
 from idm_fast.sampling import SampleSettings
+from idm_fast.walk import Walk
 
 __all__ = ["MOST_ENGINES", "CropRestorer", "Progress", "SampleSettings"]
 
@@ -26,29 +27,24 @@ USED_BY_ENGINE = ("conv2d", "norm_coefficients", "attention", "sampler_update")
 
 
 class CropRestorer(FaceModel):
-    """x0_hat of degraded crops. ``dtype``: a torch type, a short name, "int8" or "fp8". ``backend`` forces kernel back
-    ends, one or several in order of preference ("cpu,torch"; see ``idm-fast ops``); None leaves the choice to
-    ``IDM_FAST_BACKEND``, or to what is fastest. ``engine=False``: the network's plain modules, the numerical truth.
-    ``cache_every``: as in ``EngineOptions``, lossy above 1."""
+    """x0_hat of degraded crops by one network. Arguments as for ``FaceModel``."""
 
     module: UNet
     config: ModelConfig
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        module: UNet,
-        device: torch.device,
-        dtype: torch.dtype | str,
-        backend: str | None = None,
-        engine: bool = True,
-        cache_every: int = 1,
-    ) -> None:
-        super().__init__(config, config, config.unet.image_size, module, device, dtype, backend, engine, cache_every)
-        if engine:  # it packs the weights as they come, and rounds them once
-            self._packed = (PackedWeights(module, self.dtype, device),)
+    @property
+    def walked(self) -> ModelConfig:
+        return self.config
+
+    @property
+    def size(self) -> int:
+        return self.config.unet.image_size
+
+    def _place(self) -> None:
+        if self._engines is not None:  # it packs the weights as they come, and rounds them once
+            self._packed = (PackedWeights(self.module, self.dtype, self.device),)
         else:
-            module.to(device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.module.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _used(self) -> Iterator[tuple[str, torch.dtype]]:
         used: tuple[str, ...] = USED if self._engines is None else USED_BY_ENGINE
@@ -60,12 +56,10 @@ class CropRestorer(FaceModel):
             # The update reads the network's answer, which a residual network adds to its float32 condition.
             yield name, torch.float32 if name == "sampler_update" and self.config.unet.residual else self.dtype
 
-    def _beginning(
-        self, y: Tensor, seeds: Tensor, table: SamplerTable, settings: SampleSettings
-    ) -> tuple[Tensor, Tensor | None]:
-        whole = settings.strength == 1
-        start = initial_noise(seeds, y.shape, self.device) if whole else noised_start(y, table, seeds)
-        return start, self._condition(y)
+    def _begun(self, walk: Walk) -> Walk:
+        y, seeds = walk.x, walk.seeds
+        start = initial_noise(seeds, y.shape, self.device) if walk.whole else noised_start(y, walk.table, seeds)
+        return replace(walk, x=start, cond=self._condition(y))
 
     def _condition(self, y: Tensor) -> Tensor:
         """What the network is shown: of a super-resolution network, what is left of the crop at the size it knows."""
@@ -80,18 +74,11 @@ class CropRestorer(FaceModel):
         large = interpolate(small, (self.size, self.size), **up)
         return large.clamp_(-1, 1).contiguous(memory_format=torch.channels_last)
 
-    def _walked_plainly(
-        self,
-        start: Tensor,
-        seeds: Tensor,
-        cond: Tensor | None,
-        table: SamplerTable,
-        settings: SampleSettings,
-        report: Callback | None,
-    ) -> Tensor:
+    def _walked_plainly(self, walk: Walk) -> Tensor:
         return sample(
-            lambda x, t: self.module(x, t, cond), table, start, seeds, callback=report, network_dtype=self.dtype
-        )
+            lambda x, t: self.module(x, t, walk.cond), walk.table, walk.x, walk.seeds,
+            callback=walk.report, network_dtype=self.dtype,
+        )  # fmt: skip
 
     def _compiled(self, batch: int, table: SamplerTable, options: EngineOptions) -> Engine:
         return Engine.compile(

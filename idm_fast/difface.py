@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from idm_fast.config import ModelConfig
 from idm_fast.crops import CropRestorer, SampleSettings
@@ -19,6 +18,7 @@ from idm_fast.diffusion.spacing import Array, discrete
 from idm_fast.errors import IdmFastError
 from idm_fast.estimators import Estimator
 from idm_fast.models.unet import UNet
+from idm_fast.walk import Walk
 
 RESPACING = "ddim250"  # of 1000 training steps every fourth: 0, 4, ..., 996
 START_INDEX = 100  # of them; its public code noises to this one and walks 99 .. 0
@@ -82,11 +82,9 @@ class DifFace(CropRestorer):
             noise_timestep=float(chain[self.start_index]), variance=self.config.diffusion.variance,
         )  # fmt: skip
 
-    def _beginning(
-        self, y: Tensor, seeds: Tensor, table: SamplerTable, settings: SampleSettings
-    ) -> tuple[Tensor, Tensor | None]:
-        estimate = self.estimator(y, seeds).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
-        return noised_start(estimate, table, seeds), None
+    def _begun(self, walk: Walk) -> Walk:
+        estimate = self.estimator(walk.x, walk.seeds).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+        return replace(walk, x=noised_start(estimate, walk.table, walk.seeds), cond=None)
 
 
 def _again(given: tuple[Any, ...], estimator: Estimator, start_index: int) -> DifFace:

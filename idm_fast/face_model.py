@@ -18,7 +18,7 @@ from idm_fast.config import ModelConfig
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, respace
 from idm_fast.diffusion.spacing import Array
 from idm_fast.engine import Engine, EngineOptions, Memory
-from idm_fast.engine.buckets import bucket, padded
+from idm_fast.engine.buckets import bucket
 from idm_fast.engine.buffers import Arena
 from idm_fast.engine.engine import Callback
 from idm_fast.engine.lossy import check_reuse
@@ -29,16 +29,19 @@ from idm_fast.errors import IdmFastError
 from idm_fast.kernels.dispatch import BackendError, forced_backends, use_backend
 from idm_fast.ops import OPS
 from idm_fast.sampling import GuidanceSettings, SampleSettings
+from idm_fast.walk import Walk
 
 MOST_ENGINES = 4  # batch sizes whose plans are kept; they share weights and memory
 Progress = Callable[[int], None]
 
 
 class FaceModel(ABC):
-    """x0_hat of degraded crops of ``size`` pixels: ``config.name`` walked on ``device`` in ``dtype``.
+    """x0_hat of degraded crops of ``size`` pixels by a walk of ``config.name`` on ``device`` in ``dtype``.
 
-    ``walked``: the network that is evaluated step by step, and the sampling settings of the model. The arguments are
-    explained where models are made (``CropRestorer``).
+    ``dtype``: a torch type, a short name, "int8" or "fp8". ``backend`` forces kernel back ends, one or several in order
+    of preference ("cpu,torch"; see ``idm-fast ops``); None leaves the choice to ``IDM_FAST_BACKEND``, or to what is
+    fastest. ``engine=False``: the networks' plain modules, the numerical truth. ``cache_every``: as in
+    ``EngineOptions``, lossy above 1.
     """
 
     clamp: float | None = 1.0  # of x0_hat: pictures lie in [-1, 1]
@@ -46,20 +49,17 @@ class FaceModel(ABC):
     def __init__(
         self,
         config: Any,
-        walked: ModelConfig,
-        size: int,
         module: nn.Module,
         device: torch.device,
         dtype: torch.dtype | str,
-        backend: str | None,
-        engine: bool,
-        cache_every: int,
+        backend: str | None = None,
+        engine: bool = True,
+        cache_every: int = 1,
     ) -> None:
-        self.config, self.walked, self.size, self.device = config, walked, size, device
-        self.backend, self.cache_every = backend, cache_every
+        self.config, self.device, self.backend, self.cache_every = config, device, backend, cache_every
         self.dtype, self.quantised = chosen_dtype(dtype, device, backend)
         check_held(type(self).__name__, module.state_dict())
-        check_reuse(walked.unet, cache_every)
+        check_reuse(self.walked.unet, cache_every)
         self.module: Any = module.eval()
         self._engines: OrderedDict[object, Engine] | None = OrderedDict() if engine else None
         self._packed: tuple[PackedWeights, ...] = ()
@@ -69,8 +69,9 @@ class FaceModel(ABC):
             raise IdmFastError(f"dtype must be fp32, bf16 or fp16 without the engine, got {self.quantised}")
         elif cache_every > 1:
             raise IdmFastError(f"cache_every must be 1 without the engine, got {cache_every}")
-        self.schedule = Schedule.from_config(walked.diffusion)
+        self.schedule = Schedule.from_config(self.walked.diffusion)
         self._cached_table = lru_cache(maxsize=16)(self._table)
+        self._place()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or one in another process, compiles its own engines."""
@@ -79,44 +80,39 @@ class FaceModel(ABC):
 
     # ---- what a kind of model says of itself ----
 
+    @property
+    @abstractmethod
+    def walked(self) -> ModelConfig:
+        """The network that is evaluated step by step, and the model's own sampling settings."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Side in pixels of the crops."""
+
+    @abstractmethod
+    def _place(self) -> None:
+        """Puts the networks where they will run: packed for engines, or the plain modules on the device."""
+
     @abstractmethod
     def _used(self) -> Iterator[tuple[str, torch.dtype]]:
         """(operation, the type it runs in) of a restoration."""
 
     @abstractmethod
-    def _beginning(
-        self, y: Tensor, seeds: Tensor, table: SamplerTable, settings: SampleSettings
-    ) -> tuple[Tensor, Tensor | None]:
-        """(what the walk begins with, what it is conditioned on), of degraded crops on the device."""
+    def _begun(self, walk: Walk) -> Walk:
+        """The walk with its beginning and its condition, made of the degraded crops."""
 
     @abstractmethod
-    def _walked_plainly(
-        self,
-        start: Tensor,
-        seeds: Tensor,
-        cond: Tensor | None,
-        table: SamplerTable,
-        settings: SampleSettings,
-        report: Callback | None,
-    ) -> Tensor:
+    def _walked_plainly(self, walk: Walk) -> Tensor:
         """The restored crops by the network's plain modules: the numerical truth."""
 
     @abstractmethod
     def _compiled(self, batch: int, table: SamplerTable, options: EngineOptions) -> Engine:
         """An engine for ``batch`` crops; it shares ``_packed``."""
 
-    def _walked_by(
-        self,
-        engine: Any,
-        start: Tensor,
-        seeds: Tensor,
-        cond: Tensor | None,
-        table: SamplerTable,
-        settings: SampleSettings,
-        report: Callback | None,
-    ) -> Tensor:
+    def _walked_by(self, engine: Any, walk: Walk) -> Tensor:
         """The same by what ``_compiled`` made."""
-        out: Tensor = engine.run(start, seeds, cond, report)
+        out: Tensor = engine.run(walk.x, walk.seeds, walk.cond, walk.report)
         return out
 
     def resolved(self, settings: SampleSettings) -> SampleSettings:
@@ -192,21 +188,25 @@ class FaceModel(ABC):
         """
         self._check(y)
         settings = self.resolved(settings)
-        table = self.table(settings)
-        # The condition stays float32: a residual network adds its answer to it, and rounding it would cost fine detail.
-        y = y.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
-        seeds = seeds.to(self.device)
         report: Callback | None = None if progress is None else lambda e, x, x0: progress(e)
-        # Kernels start on the current device, whichever the tensors are on.
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            start, cond = self._beginning(y, seeds, table, settings)
+        y = self._placed(y)
+        with self._on_device():
+            walk = self._begun(Walk(y, y, seeds.to(self.device), self.table(settings), settings, report))
             with self._forced():
-                out = self._walk(start, seeds, cond, table, settings, report)
+                out = self._walked(walk)
         if not torch.isfinite(out).all():
             raise IdmFastError(
                 f"{self.config.name}: network output must be finite in {self.dtype}, got inf or nan; try fp32"
             )
         return out.clamp_(-1, 1).cpu()
+
+    def _placed(self, y: Tensor) -> Tensor:
+        # Float32 whatever the dtype: a residual network adds its answer to it, and rounding would cost fine detail.
+        return y.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Kernels start on the current device, whichever the tensors are on."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _check(self, y: Tensor) -> None:
         if y.ndim != 4 or tuple(y.shape[1:]) != (3, self.size, self.size) or not y.is_floating_point():
@@ -218,37 +218,20 @@ class FaceModel(ABC):
         if not torch.isfinite(y).all():
             raise IdmFastError("restore: y must be finite, got nan or inf")
 
-    def _walk(
-        self,
-        start: Tensor,
-        seeds: Tensor,
-        cond: Tensor | None,
-        table: SamplerTable,
-        settings: SampleSettings,
-        report: Callback | None,
-    ) -> Tensor:
+    def _walked(self, walk: Walk) -> Tensor:
         if self._engines is None:
-            return self._walked_plainly(start, seeds, cond, table, settings, report)
-        count = len(start)
+            return self._walked_plainly(walk)
+        count = len(walk)
         size = bucket(count) if self._arena.runtime.captures else count  # a CPU gains nothing by it
         try:
             with self._arena.lock:
-                x, keys = padded(start, size), padded(seeds, size)
-                hint = None if cond is None else padded(cond, size)
-                engine = self._engine(size, table)
-                return self._walked_by(engine, x, keys, hint, table, settings, report)[:count]
+                return self._walked_by(self._engine(size, walk.table), walk.padded(size))[:count]
         except OutOfMemory as error:
             if count == 1:
                 raise
             half = count // 2
             warnings.warn(f"{error}; goes on with batches of {half}", RuntimeWarning, stacklevel=2)
-            parts = [slice(0, half), slice(half, None)]
-            hints = [None if cond is None else cond[p] for p in parts]
-            walks = [
-                self._walk(start[p], seeds[p], hint, table, settings, report)
-                for p, hint in zip(parts, hints, strict=True)
-            ]
-            return torch.cat(walks)
+            return torch.cat([self._walked(walk.part(which)) for which in (slice(0, half), slice(half, None))])
 
     def _engine(self, batch: int, table: SamplerTable) -> Engine:
         """The engine for ``batch`` images, with ``table`` in it."""

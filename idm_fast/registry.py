@@ -100,6 +100,7 @@ def find_files(name_or_path: str | Path) -> list[Path]:
     )
 
 
+@torch.inference_mode(False)  # an identity's gradient goes through weights, whoever loads them
 def load_models(
     name_or_path: str | Path, target: Target, method: Method | None = None, settings: Mapping[str, Any] | None = None
 ) -> list[FaceModel]:

@@ -35,11 +35,12 @@ class GuidanceSettings:
             pair = tuple(self.interval) if isinstance(self.interval, tuple | list) else ()
             if len(pair) != 2 or not all(_is(end, Real) for end in pair) or not 0 <= pair[0] < pair[1] <= 1:
                 raise IdmFastError(f"guidance_interval must be 0 <= start < stop <= 1, got {self.interval!r}")
-            object.__setattr__(self, "interval", pair)  # a list cannot be hashed
+            object.__setattr__(self, "interval", (float(pair[0]), float(pair[1])))  # a list cannot be hashed
         for name in ("every", "resolution"):
             value = getattr(self, name)
             if value is not None and not (_is(value, Integral) and value >= 1):
                 raise IdmFastError(f"guidance_{name} must be a whole number >= 1, got {value!r}")
+            object.__setattr__(self, name, None if value is None else int(value))  # numpy's too
 
     @property
     def given(self) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idm_fast.diffusion import Guidance, SamplerTable
+from idm_fast.diffusion import SamplerTable
 from idm_fast.engine.autoencoder import Part
 from idm_fast.engine.buffers import images
 from idm_fast.engine.checks import check_shape, check_shared
-from idm_fast.engine.engine import Callback, Engine, EngineOptions, Memory, allotted, ingredients, loop_of
+from idm_fast.engine.engine import Engine, EngineOptions, Memory, allotted, ingredients, loop_of
 from idm_fast.engine.lower_vqgan import lower_decoder, lower_encoder
 from idm_fast.engine.memory import require
 from idm_fast.engine.plan import Plan
@@ -43,6 +43,7 @@ class LatentPlan(Plan):
         # How much of the encoder's latent the walk begins with, beside the noise: read on the device, as all that
         # differs from walk to walk.
         self.keep = torch.zeros(1, device=self.x.device)
+        self._lost = torch.zeros(len(self.x), 1, 1, 1, device=self.x.device)  # NaN where a latent is not finite
 
     @property
     def start(self) -> Tensor:
@@ -64,6 +65,9 @@ class LatentPlan(Plan):
     def finish(self) -> None:
         self._leave_latents()
         self.decoder.run()
+        # The nearest code to NaN is one like any other: its picture would hide that the walk has failed.
+        torch.sum(self._handed.mul_(0), (1, 2, 3), keepdim=True, out=self._lost)
+        self.result.add_(self._lost)
 
     def check_range(self) -> bool:
         prior = self.weights.dtype != torch.float16 or self.weights.range_checked == self.weights.version
@@ -90,30 +94,19 @@ class LatentPlan(Plan):
 
 
 class LatentEngine(Engine):
-    """Made by ``compile_latent``: an ``Engine`` whose images are latents, between pictures."""
+    """Made by ``compile_latent``: an ``Engine`` whose images are latents, between pictures.
+
+    ``run`` gives the restored pictures [N, 3, H, W] of ``cond`` [N, 3, H, W], not clamped: it encodes, walks from
+    ``start`` [N, D, h, w] with the latent as condition, decodes. Latents, and the x and x0_hat of ``callback`` and
+    ``guidance``, are of unit deviation. A picture is NaN where its latent is not finite.
+    """
 
     _plan: LatentPlan
 
-    @shielded
-    def run(
-        self,
-        start: Tensor,
-        seeds: Tensor,
-        cond: Tensor | None = None,
-        callback: Callback | None = None,
-        guidance: Guidance | None = None,
-        *,
-        keep: float = 0.0,
-    ) -> Tensor:
-        """The restored pictures [N, 3, H, W] of ``cond`` [N, 3, H, W]: float32, channels_last, not clamped.
-
-        Encodes, walks from ``start + keep * latent`` with the latent as condition, decodes. ``start`` [N, D, h, w] is
-        the noise; latents, and the x and x0_hat of ``callback`` and ``guidance``, are of unit deviation. The rest is as
-        in ``Engine.run``.
-        """
+    def keep(self, part: float) -> None:
+        """Walks begin at ``start + part * latent`` from now on, at first at ``start`` alone."""
         with self.arena.turn():
-            self._plan.keep.fill_(keep)
-            return super().run(start, seeds, cond, callback, guidance)
+            self._plan.keep.fill_(part)
 
     def memory(self) -> Memory:
         held, plan = super().memory(), self._plan
