@@ -2,8 +2,8 @@
 
     python benchmarks/clr_face.py --steps 1 4 --json out.json
 
-CLR-Face encodes, walks over latents and decodes; without guidance, which is a row of its own where the recognition
-weights are installed. A model without trained weights runs on random ones, which cost as much. Wall clock; compare the
+CLR-Face encodes, walks over latents and decodes; without guidance, which --guided gives rows of its own (they need the
+recognition weights). A model without trained weights runs on random ones, which cost as much. Wall clock; compare the
 rows of one run only.
 """
 

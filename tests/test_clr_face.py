@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_engine_graph import FakeRuntime, update_on_device
@@ -24,6 +25,7 @@ from idm_fast.engine.latent import compile_latent
 from idm_fast.errors import IdmFastError
 from idm_fast.models.irn import Irn
 from idm_fast.sampling import GuidanceSettings, SampleSettings, guidance_settings
+from idm_fast.walk import Walk
 
 __all__ = ["update_on_device"]  # a fixture, for all tests here: the update as it runs on a device
 CPU = torch.device("cpu")
@@ -156,6 +158,51 @@ def test_gradients_that_are_not_finite_are_left_out_and_counted(monkeypatch: pyt
     assert torch.equal(got[1], free[1])
 
 
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_walk_that_fails_is_an_error(engine: bool) -> None:
+    """The nearest code to NaN is one like any other, and would make a picture of it."""
+    module = tiny_clr_face()
+    module.prior.out_conv.weight.mul_(1e38)
+    module.prior.out_conv.bias.fill_(3e38)
+    restorer = ClrFaceRestorer(CONFIG, module, CPU, "fp32", engine=engine)
+    with pytest.raises(IdmFastError, match=r"tiny-face: network output must be finite in torch.float32, got inf or"):
+        restorer.restore(_crops(1), SEEDS[:1], FREE)
+
+
+def test_gradients_that_need_more_memory_than_there_is_come_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    restorer, y = _restorer(), _crops(2)
+    expected = [restorer.restore(y[i : i + 1], SEEDS[i : i + 1], GUIDED) for i in range(2)]
+
+    class Greedy(clr_face.IdentityGradient):
+        def __call__(self, x0_hat: Tensor) -> Tensor:
+            if len(x0_hat) > 1:
+                raise torch.OutOfMemoryError("no more")
+            return super().__call__(x0_hat)
+
+    monkeypatch.setattr(clr_face, "IdentityGradient", Greedy)
+    with pytest.warns(RuntimeWarning, match="must hold 2 images of 32 x 32, got: no more; goes on with batches of 1"):
+        assert torch.equal(restorer.restore(y, SEEDS[:2], GUIDED), torch.cat(expected))
+
+
+def test_what_fills_a_batch_is_neither_guided_nor_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three crops in a bucket of four, where the last is there twice: a gradient costs more than a step."""
+    restorer, y, asked = _restorer(engine=False), _crops(3), []
+
+    class Spoiled(clr_face.IdentityGradient):
+        def __call__(self, x0_hat: Tensor) -> Tensor:
+            asked.append(len(x0_hat))
+            return super().__call__(x0_hat).index_fill_(0, torch.tensor([2]), torch.nan)
+
+    monkeypatch.setattr(clr_face, "IdentityGradient", Spoiled)
+    settings = restorer.resolved(GUIDED)
+    table = restorer.table(settings)
+    with pytest.warns(RuntimeWarning, match="tiny-face: 3 identity gradients of a walk were not finite"):
+        got = restorer._walked_plainly(restorer._begun(Walk(y, y, SEEDS, table, settings)).padded(4))
+    assert (asked, restorer.skipped) == ([3, 3, 3], 3)
+    free = restorer.restore(y, SEEDS, FREE)
+    torch.testing.assert_close(got[2:].clamp(-1, 1), free[[2, 2]], rtol=0, atol=1e-4)
+
+
 def test_without_recognition_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's own guidance is left out, with one warning; one that is asked for is an error."""
 
@@ -186,6 +233,10 @@ def test_without_recognition_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"resolution": 24}, "guidance_resolution must divide the model's 32 px and be a multiple of 4, got 24"),
         ({"resolution": 64}, "guidance_resolution must divide the model's 32 px"),
         ({"resolution": 2}, "guidance_resolution must divide .* a multiple of 4, got 2"),
+        (
+            {"scale": 1.0, "interval": (0.9, 1)},
+            r"guidance_interval must hold one of the walk's 3 evaluations, .* 0/3 to 2/3 of the way, got \(0.9, 1.0",
+        ),
     ],
 )
 def test_wrong_guidance_is_refused(guidance: dict[str, Any], message: str) -> None:
@@ -193,6 +244,21 @@ def test_wrong_guidance_is_refused(guidance: dict[str, Any], message: str) -> No
         _restorer().evaluations(SampleSettings(guidance=GuidanceSettings(**guidance)))
     with pytest.raises(IdmFastError, match="guidance_scale must be left out where identity_guidance is off"):
         guidance_settings(False, 1.0)
+
+
+def test_a_model_s_own_interval_may_hold_no_evaluation_of_a_short_walk() -> None:
+    """Of a scale that is asked for that would be a walk that is silently not guided."""
+    restorer, y = _restorer(guidance_scale=0.5, guidance_interval=(0.5, 1.0)), _crops(1)
+    one = SampleSettings(1)
+    assert torch.equal(restorer.restore(y, SEEDS[:1], one), restorer.restore(y, SEEDS[:1], replace(FREE, steps=1)))
+    with pytest.raises(IdmFastError, match="guidance_interval must hold one of the walk's 1 evaluations"):
+        restorer.restore(y, SEEDS[:1], replace(one, guidance=GuidanceSettings(0.5)))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    made = GuidanceSettings(np.float32(0.5), (np.float64(0), np.float64(1)), np.int64(2), np.int64(16))
+    assert made == GuidanceSettings(0.5, (0.0, 1.0), 2, 16)
+    assert type(made.every) is type(made.resolution) is int  # as a walk's guidance and JSON ask for
 
 
 def test_other_models_have_no_guidance() -> None:

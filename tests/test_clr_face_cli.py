@@ -14,7 +14,8 @@ from PIL import Image
 from test_clr_face import FakeRecognition
 from tiny_clr_face import CONFIG, tiny_clr_face
 
-from idm_fast import clr_face
+from idm_fast import clr_face, registry
+from idm_fast.bench import workload
 from idm_fast.bench.work import autoencoder_layers, layers, total_flops
 from idm_fast.checkpoints import native
 from idm_fast.cli import main
@@ -107,6 +108,9 @@ def test_without_recognition_weights_the_command_warns_in_a_line(
         assert main(command) == 0
     assert main([*command, "--guidance-scale", "1"]) == 2
     assert "error: guidance_scale must be 0 (--no-identity-guidance) here: face_rec" in capsys.readouterr().err
+    command = ["eval", "--data", str(crops), "--size", "32", "--metrics", "psnr", "--levels", "mild"]
+    assert main([*command, "--model", str(model), "--parts", "unguided", "masked"]) == 2  # no row has a wrong name
+    assert "error: guidance_scale must be 0 (--no-identity-guidance) here: face_rec" in capsys.readouterr().err
 
 
 def test_eval_has_a_row_for_each_part(model: Path, crops: Path, capsys: Captured) -> None:
@@ -120,10 +124,14 @@ def test_eval_has_a_row_for_each_part(model: Path, crops: Path, capsys: Captured
     ]  # fmt: skip
 
 
-def test_eval_refuses_parts_of_what_has_none(tiny_model: Path, crops: Path, capsys: Captured) -> None:
+def test_eval_refuses_parts_of_what_has_none(tiny_model: Path, crops: Path, tmp_path: Path, capsys: Captured) -> None:
     command = ["eval", "--data", str(crops), "--size", "32", "--metrics", "psnr", "--model", str(tiny_model)]
     assert main([*command, "--parts", "vqgan"]) == 2
     assert "--parts must come with a CLR-Face model, got none" in capsys.readouterr().err
+    never = tmp_path / "never.safetensors"
+    native.save(never, tiny_clr_face(), CONFIG, {}, torch.float16)
+    assert main([*command[:-1], str(never), "--parts", "unguided", "masked"]) == 2
+    assert "--guidance-scale must be given: tiny-face has no scale of its own" in capsys.readouterr().err
 
 
 def test_the_benchmark_has_a_row_for_each(
@@ -156,7 +164,8 @@ def test_the_work_of_the_preset() -> None:
 
 
 def test_restorer_and_the_registry(model: Path) -> None:
-    restorer = Restorer.from_pretrained(model, device="cpu", dtype="fp32")
+    with torch.inference_mode():  # whoever loads it so: guidance goes backward through its weights
+        restorer = Restorer.from_pretrained(model, device="cpu", dtype="fp32")
     face = np.asarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3)), np.uint8)
     own = restorer.restore(face, aligned=True, output_type="np", num_inference_steps=2)
     assert (own.faces[0].model, own.steps) == ("tiny-face", 2)
@@ -168,3 +177,25 @@ def test_restorer_and_the_registry(model: Path) -> None:
         load_models(model, Target("cpu", "fp32"), Method("difface", "bicubic"))
     with pytest.raises(IdmFastError, match=r"model must be idm-face, .* got 'clr-face-64'"):
         Restorer.from_pretrained("clr-face-64")
+
+
+def test_the_shipped_one_has_its_name(
+    model: Path, crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """Wherever a name is taken, once its file lies in the package; it is no single network to be timed."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    model.rename(weights / "clr-face-128.safetensors")
+    monkeypatch.setattr(registry, "WEIGHTS", weights)
+    out = tmp_path / "out"
+    assert main(["restore", str(crops), "-o", str(out), "--aligned", "--model", "clr-face-128"]) == 0
+    assert len(_pixels(out)) == 2
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.strip() == "clr-face-128"
+    assert "clr-face-128" not in workload.names()
+    for verb in ("bench", "profile"):
+        for name in ("clr-face-128", str(weights / "clr-face-128.safetensors")):
+            assert main([verb, "--preset", name]) == 2
+            said = capsys.readouterr().err
+            assert f"preset must be a single network, got {name}, a whole CLR-Face model" in said
+            assert "benchmarks/clr_face.py times whole restorations" in said

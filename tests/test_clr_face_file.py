@@ -43,7 +43,13 @@ def test_what_is_saved_comes_back(file: Path) -> None:
 def test_a_latent_of_another_size_is_refused() -> None:
     module = tiny_clr_face()
     with torch.no_grad():
-        assert module.decode(torch.zeros(2, 4, 8, 8)).shape == (2, 3, 32, 32)
+        latents = torch.zeros(2, 4, 8, 8)
+        whole = module.decode(latents)
+        latents[1, 3, 7, 7] = torch.inf
+        lost = module.decode(latents)
+        assert whole.shape == (2, 3, 32, 32)
+        assert torch.equal(lost[0], whole[0])
+        assert lost[1].isnan().all()  # no code is near it
         for shape in ((2, 4, 4, 4), (2, 3, 8, 8), (4, 8, 8)):
             with pytest.raises(IdmFastError, match=r"ClrFace: latent must be \[N, 4, 8, 8\], got"):
                 module.decode(torch.zeros(shape))

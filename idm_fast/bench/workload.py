@@ -15,6 +15,7 @@ from torch import Tensor
 from idm_fast.bench.work import Layer, layers
 from idm_fast.checkpoints import native
 from idm_fast.config import PRESETS, ModelConfig
+from idm_fast.config_clr_face import CLR_FACE_PRESETS, ClrFaceConfig
 from idm_fast.diffusion import SamplerTable, Schedule, build_table, initial_noise, sample
 from idm_fast.engine.lossy import check_reuse
 from idm_fast.errors import IdmFastError
@@ -30,6 +31,10 @@ SHIPPED = {"idm-128": "idm-face-128", "idm-256": "idm-face-256"}  # presets whos
 PHOTOGRAPH_RMS = 0.5  # of a picture in [-1, 1], about
 PSNR_MOST = 200.0  # written for results that are equal bit by bit: JSON knows no infinity
 RANDOM = "random (seed 0)"  # the weights of a preset that has none
+_WHOLE = (
+    "preset must be a single network, got {}, a whole CLR-Face model: its prior alone is the preset clr-prior-128, and "
+    "benchmarks/clr_face.py times whole restorations"
+)
 _BRANCHES = ("conv2.weight", "attention.out.weight")  # what a residual block or attention adds: small, or it explodes
 
 
@@ -103,8 +108,8 @@ class Workload:
 
 
 def names() -> list[str]:
-    """What ``--preset`` takes, beside files."""
-    return [*PRESETS, *shipped()]
+    """What ``--preset`` takes, beside files: single networks."""
+    return [*PRESETS, *(name for name in shipped() if name not in CLR_FACE_PRESETS)]
 
 
 def workload(
@@ -155,10 +160,16 @@ def psnr(result: Tensor, truth: Tensor) -> float:
 def _network(name: str) -> tuple[ModelConfig, UNet, str]:
     if name in PRESETS and SHIPPED.get(name) not in shipped():
         return PRESETS[name], _random(PRESETS[name]), RANDOM
-    if name not in PRESETS and name not in shipped() and not name.endswith(".safetensors"):
+    if name in CLR_FACE_PRESETS:
+        raise IdmFastError(_WHOLE.format(name))
+    if name not in names() and not name.endswith(".safetensors"):
         raise IdmFastError(f"preset must be one of {', '.join(names())} or a .safetensors file, got {name!r}")
     (file,) = find_files(SHIPPED.get(name, name))
-    loaded = native.load(file)
+    loaded = native.load_any(file)
+    if isinstance(loaded.config, ClrFaceConfig):
+        raise IdmFastError(_WHOLE.format(file))
+    if not isinstance(loaded.module, UNet):
+        raise IdmFastError(f"{file}: preset must be a U-Net, got a {type(loaded.module).__name__}")
     return loaded.config, loaded.module.float(), file.stem
 
 

@@ -271,15 +271,20 @@ def _guidances(args: argparse.Namespace, model: FaceModel) -> list[tuple[str, Gu
     rest = {"interval": interval, "every": args.guidance_every, "resolution": args.guidance_resolution}
     if not isinstance(model, ClrFaceRestorer):
         return [("", GuidanceSettings())]
+    if args.parts and scales == [None] and {"unmasked", "masked"} & set(args.parts):
+        if not model.config.guidance_scale:
+            raise IdmFastError(f"--guidance-scale must be given: {model.config.name} has no scale of its own to judge")
+        # Asked for, so that a row is never called guided where the recognition network is missing.
+        scales = [model.config.guidance_scale]
     found: list[tuple[str, GuidanceSettings]] = []
     for part in dict.fromkeys(args.parts or ["masked"]):
         if part == "unguided":
             found.append((" (unguided)", GuidanceSettings(0.0)))
         elif part != "vqgan":
             for scale in scales:
-                said = [*([part] if args.parts else []), *([] if scale is None else [f"scale {scale:g}"])]
+                words = [*([part] if args.parts else []), *([f"scale {scale:g}"] if args.guidance_scale else [])]
                 settings = GuidanceSettings(scale, **rest, masked=part == "masked")
-                found.append((f" ({', '.join(said)})" if said else "", settings))
+                found.append((f" ({', '.join(words)})" if words else "", settings))
     return found
 
 
