@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +231,8 @@ def test_backends_may_be_a_list(tiny_model: Path, tiny: Restorer, face: np.ndarr
 
 def test_the_steps_of_a_result_are_those_of_the_model_that_ran(tiny: Restorer, face: np.ndarray) -> None:
     small, large = (copy.copy(tiny.models[0]) for _ in range(2))
-    small.size, large.size = 16, 32
-    small.config = ModelConfig("small", small.config.unet, small.config.diffusion, steps=7)
+    small.config = replace(small.config, name="small", steps=7, unet=replace(small.config.unet, image_size=16))
+    assert (small.size, large.size) == (16, 32)
     result = Restorer([small, large]).restore(face[:32, :32], aligned=True)
     assert (result.faces[0].model, result.steps) == ("tiny", 3)
 
