@@ -49,6 +49,7 @@ class ClrFaceRestorer(FaceModel):
     skipped = 0
     _recognition: Recognition | None = None
     _missing: str | None = None  # why there is none
+    _warned = False
 
     @property
     def walked(self) -> ModelConfig:
@@ -106,11 +107,12 @@ class ClrFaceRestorer(FaceModel):
                     self._recognition = Recognition().to(self.device)
             except IdmFastError as error:
                 self._missing = str(error)
-                if not required:
-                    text = f"{self.config.name}: restores without identity guidance: {error}"
-                    warnings.warn(text, RuntimeWarning, stacklevel=2)
         if self._missing is not None and required:
             raise IdmFastError(f"guidance_scale must be 0 (--no-identity-guidance) here: {self._missing}")
+        if self._missing is not None and not self._warned:
+            self._warned = True
+            text = f"{self.config.name}: restores without identity guidance: {self._missing}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         return self._recognition is not None
 
     def _guidance(self, walk: Walk) -> Guidance | None:

@@ -213,6 +213,8 @@ def test_without_recognition_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clr_face, "Recognition", missing)
     restorer = _restorer(guidance_scale=0.5)
     restorer.restore(_crops(1), SEEDS[:1], FREE)  # nobody looks for it
+    with pytest.raises(IdmFastError, match="guidance_scale must be 0"):
+        restorer.evaluations(GUIDED)  # which is not the warning that the next walk owes
     with pytest.warns(RuntimeWarning, match="tiny-face: restores without identity guidance: face_recognition_models"):
         got = restorer.restore(_crops(1), SEEDS[:1], SampleSettings())
     assert torch.equal(got, expected)
