@@ -88,7 +88,8 @@ class ClrFaceRestorer(FaceModel):
         if scale and not self._recognises(required=asked.scale is not None):
             scale = 0.0
         interval = asked.interval or (c.guidance_interval[0], c.guidance_interval[1])
-        guidance = GuidanceSettings(scale, interval, asked.every or c.guidance_every, resolution, asked.masked)
+        every, repeats = asked.every or c.guidance_every, asked.repeats or c.guidance_repeats
+        guidance = GuidanceSettings(scale, interval, every, resolution, repeats, asked.masked)
         full = replace(settings.resolved(self.walked), guidance=guidance)
         if scale and (asked.scale is not None or asked.interval is not None):
             evaluations = self.table(full).evaluations
@@ -127,7 +128,9 @@ class ClrFaceRestorer(FaceModel):
             target = self.module.irn(crops[: len(crops) - walk.fill].clone(), self._recognition)
             mask = self.module.mask() if asked.masked else None
         factor = self.size // (asked.resolution or self.size)
-        found = IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor, scale=asked.scale)
+        found = IdentityGradient(
+            self.module.vqgan, self._recognition, target, mask, factor, scale=asked.scale, repeats=asked.repeats or 1
+        )
 
         def gradient(x0_hat: Tensor) -> Tensor:
             of_faces = found(x0_hat[: len(target)])

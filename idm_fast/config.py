@@ -310,7 +310,7 @@ PRESETS: dict[str, ModelConfig] = {
             image_size=32, model_channels=64, channel_mult=(1, 2), num_res_blocks=(2, 2), in_channels=4,
             cond_channels=4, out_channels=4, residual=True, num_head_channels=64, embed_channels=128,
         ),
-        DiffusionConfig(schedule="vp_sde", prediction="x0", beta_start=0.1, beta_end=20.0), steps=4, latent=True,
+        DiffusionConfig(schedule="vp_sde", prediction="x0", beta_start=0.1, beta_end=20.0), steps=1, latent=True,
         spacing="angle",
     ),
     "sr3-128": ModelConfig(

@@ -17,8 +17,8 @@ class ClrFaceConfig:
     """Autoencoder, prior over its latents, identity recovery network, and how its walks are guided.
 
     ``prior`` works on latents times ``vqgan.latent_scale``: its channels and its image size are the latent's.
-    ``guidance_scale`` >= 0: how far x0_hat moves along the identity's gradient, in deviations of the latent and at most
-    (see ``identity``); 0: never.
+    ``guidance_scale`` >= 0: how far x0_hat moves along an identity gradient, in deviations of the latent and at most
+    (see ``identity``); 0: never. ``guidance_repeats``: in so many steps, each along a gradient of its own.
     ``guidance_interval``: the part of the way that is guided; ``guidance_every``: at which of its evaluations a
     gradient is computed (see ``diffusion.Guidance``). Raises ``IdmFastError`` for parts that do not fit.
     """
@@ -30,6 +30,7 @@ class ClrFaceConfig:
     guidance_scale: float = 0.0
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
     guidance_every: int = 1
+    guidance_repeats: int = 1
 
     def __post_init__(self) -> None:
         unet, channels = self.prior.unet, self.vqgan.embed_channels
@@ -51,8 +52,9 @@ class ClrFaceConfig:
         # A pair; JSON says no more than a list of numbers.
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
             raise IdmFastError(f"guidance_interval must be 0 <= start < stop <= 1, got {self.guidance_interval}")
-        if self.guidance_every < 1:
-            raise IdmFastError(f"guidance_every must be >= 1, got {self.guidance_every}")
+        for name in ("guidance_every", "guidance_repeats"):
+            if getattr(self, name) < 1:
+                raise IdmFastError(f"{name} must be >= 1, got {getattr(self, name)}")
 
     @property
     def image_size(self) -> int:

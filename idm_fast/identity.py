@@ -5,7 +5,8 @@
 z a latent in the prior's unit, e the recognition network, ``target`` the embedding that the identity recovery network
 finds for the degraded face. Scaled so, an image's unmasked gradient has the root mean square 1 whatever its
 face: ``Guidance.scale`` counts in deviations of the latent. Near its target a face would be carried past it by a step
-of that length, and away from the person again; so a step ends where a linear distance would (Polyak's step).
+of that length, and away from the person again; so a step ends where a linear distance would (Polyak's step). It is
+far from linear: several short steps, each along its own gradient, come nearer than a long one.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class IdentityGradient:
     - ``light``: a linear stand-in for the decoder (lossy too).
     - ``scale``: the ``Guidance``'s own. An image's gradient is shortened where a step of that scale would be longer
       than distance / |g|, at which a linear distance reaches 0. None: never.
+    - ``repeats`` k: the sum of k such gradients, each found where the steps of ``scale`` before it have led.
 
     For ``diffusion.Guidance``; works under inference mode. The codes are left out: between them there is no gradient. A
     gradient that is not finite stays so (``Guidance`` skips and counts it); that of a picture that nothing can bring
@@ -51,12 +53,16 @@ class IdentityGradient:
         factor: int = 1,
         light: LightDecoder | None = None,
         scale: float | None = None,
+        repeats: int = 1,
     ) -> None:
         if factor < 1:
             raise IdmFastError(f"identity guidance: factor must be >= 1, got {factor}")
+        if repeats < 1 or (repeats > 1 and scale is None):
+            raise IdmFastError(f"identity guidance: repeats must be >= 1, and 1 without a scale, got {repeats}")
         if target.ndim != 2:
             raise IdmFastError(f"identity guidance: target must be [N, E], got {list(target.shape)}")
-        self.vqgan, self.recognition, self.factor, self.light, self.scale = vqgan, recognition, factor, light, scale
+        self.vqgan, self.recognition, self.factor, self.light = vqgan, recognition, factor, light
+        self.scale, self.repeats = scale, repeats
         self.target, self.mask = target.detach(), None if mask is None else mask.detach()
 
     def distance(self, x0_hat: Tensor) -> Tensor:
@@ -71,6 +77,12 @@ class IdentityGradient:
         return 1 - F.cosine_similarity(embeddings, target, dim=1)
 
     def __call__(self, x0_hat: Tensor) -> Tensor:
+        found = self._at(x0_hat)
+        for _ in range(self.repeats - 1):
+            found = found + self._at(x0_hat - (self.scale or 0.0) * found)
+        return found
+
+    def _at(self, x0_hat: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             z = x0_hat.detach().clone().requires_grad_(True)
             distance = self.distance(z)

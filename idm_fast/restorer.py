@@ -101,6 +101,7 @@ class Restorer:
         identity_guidance: bool = True,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_repeats: int | None = None,
         guidance_every: int | None = None,
         guidance_resolution: int | None = None,
         seed: int = 0,
@@ -121,11 +122,12 @@ class Restorer:
           (0, 1]: 1 starts from pure noise, less from the noised input. ``respacing``, instead of the number of steps:
           the training steps to walk, as guided-diffusion writes them ("ddim250", "250", "10,15,20").
           ``corrector_steps``: Langevin steps at each noise level between, of the size ``corrector_snr``.
-        - of CLR-Face models: ``guidance_scale`` >= 0, how far a face is moved towards the identity that was recovered;
-          ``guidance_interval`` (start, stop), the part of the way, in 0..1, where it is; ``guidance_every`` k, faster
-          and lossy: a gradient at every k-th evaluation only; ``guidance_resolution``, the same: side in pixels at
-          which faces are recognised. None is the model's own. ``identity_guidance=False`` goes without, and so does,
-          with a warning, a model's own guidance where the recognition network is not installed.
+        - of CLR-Face models: ``guidance_scale`` >= 0, how far a step moves a face towards the identity that was
+          recovered; ``guidance_repeats``, in how many steps; ``guidance_interval`` (start, stop), the part of the way,
+          in 0..1, where it is; ``guidance_every`` k, faster and lossy: a gradient at every k-th evaluation only;
+          ``guidance_resolution``, the same: side in pixels at which faces are recognised. None is the model's own.
+          ``identity_guidance=False`` goes without, and so does, with a warning, a model's own guidance where the
+          recognition network is not installed.
         - ``seed``: face k of every picture, largest first, draws its noise from seed + k, so a result does not depend
           on what it was batched with. ``generator``, as diffusers has it, takes the place of ``seed``: a number is
           the seed, a ``torch.Generator`` gives one.
@@ -142,7 +144,8 @@ class Restorer:
         settings = SampleSettings(
             num_inference_steps, sampler, eta, strength, respacing, corrector_steps, corrector_snr,
             guidance_settings(
-                identity_guidance, guidance_scale, guidance_interval, guidance_every, guidance_resolution
+                identity_guidance, guidance_scale, guidance_interval, guidance_every, guidance_resolution,
+                guidance_repeats,
             ),
         )  # fmt: skip
         for model in self.models:

@@ -15,9 +15,10 @@ from idm_fast.errors import IdmFastError
 class GuidanceSettings:
     """How a CLR-Face walk is pulled towards the identity that was recovered; ``None`` means the model's own default.
 
-    ``scale`` >= 0, in deviations of the latent; 0: no guidance. ``interval`` (start, stop) with 0 <= start < stop <= 1:
-    the part of the way that is guided. ``every`` k >= 1: a gradient at every k-th of its evaluations, kept for those
-    between. ``resolution``: side in pixels at which faces are decoded for recognition; less is faster, and lossy.
+    ``scale`` >= 0: how far a step goes at most, in deviations of the latent; 0: no guidance. ``repeats`` k >= 1: steps
+    at a guided evaluation. ``interval`` (start, stop) with 0 <= start < stop <= 1: the part of the way that is guided.
+    ``every`` k >= 1: a gradient at every k-th of its evaluations, kept for those between. ``resolution``: side in
+    pixels at which faces are decoded for recognition; less is faster, and lossy.
     ``masked``: False moves the whole latent, for comparison.
     Raises ``IdmFastError`` naming the value, what it must be and what it was.
     """
@@ -26,6 +27,7 @@ class GuidanceSettings:
     interval: tuple[float, float] | None = None
     every: int | None = None
     resolution: int | None = None
+    repeats: int | None = None
     masked: bool = True
 
     def __post_init__(self) -> None:
@@ -36,7 +38,7 @@ class GuidanceSettings:
             if len(pair) != 2 or not all(_is(end, Real) for end in pair) or not 0 <= pair[0] < pair[1] <= 1:
                 raise IdmFastError(f"guidance_interval must be 0 <= start < stop <= 1, got {self.interval!r}")
             object.__setattr__(self, "interval", (float(pair[0]), float(pair[1])))  # a list cannot be hashed
-        for name in ("every", "resolution"):
+        for name in ("every", "resolution", "repeats"):
             value = getattr(self, name)
             if value is not None and not (_is(value, Integral) and value >= 1):
                 raise IdmFastError(f"guidance_{name} must be a whole number >= 1, got {value!r}")
@@ -54,9 +56,10 @@ def guidance_settings(
     interval: tuple[float, float] | None = None,
     every: int | None = None,
     resolution: int | None = None,
+    repeats: int | None = None,
 ) -> GuidanceSettings:
     """``wanted`` False: no guidance, about which nothing else must be said then."""
-    made = GuidanceSettings(scale, interval, every, resolution)
+    made = GuidanceSettings(scale, interval, every, resolution, repeats)
     if wanted:
         return made
     if made.given:

@@ -131,12 +131,16 @@ def test_a_mask_of_zeros_is_the_prior_alone(engine: bool, dtype: str) -> None:
 
 
 def test_the_model_s_own_guidance_is_taken_unless_told_otherwise() -> None:
-    restorer, y = _restorer(guidance_scale=0.5, guidance_interval=(0.0, 0.5), guidance_every=2), _crops(1)
+    restorer, y = (
+        _restorer(guidance_scale=0.5, guidance_interval=(0.0, 0.5), guidance_every=2, guidance_repeats=2),
+        _crops(1),
+    )
     own = restorer.restore(y, SEEDS[:1], SampleSettings())
-    said = GuidanceSettings(0.5, (0.0, 0.5), 2)
+    said = GuidanceSettings(0.5, (0.0, 0.5), 2, repeats=2)
     assert restorer.resolved(SampleSettings()).guidance == replace(said, resolution=32)
     assert torch.equal(own, restorer.restore(y, SEEDS[:1], SampleSettings(guidance=said)))
-    for other in (replace(said, interval=(0.0, 1.0)), replace(said, scale=1.0), replace(said, resolution=16)):
+    others: list[dict[str, Any]] = [{"interval": (0.0, 1.0)}, {"scale": 1.0}, {"resolution": 16}, {"repeats": 1}]
+    for other in (replace(said, **changed) for changed in others):
         assert not torch.equal(own, restorer.restore(y, SEEDS[:1], SampleSettings(guidance=other)))
 
 

@@ -86,6 +86,19 @@ def test_a_face_is_not_carried_past_its_target(parts: Any) -> None:
     assert IdentityGradient(vqgan, embedding, there, scale=0.3)(z).abs().max() < 1e-4
 
 
+def test_repeated_steps_are_walked_one_by_one(parts: Any) -> None:
+    """Each along the gradient where it begins, and so nearer the target than one step as long as all of them."""
+    vqgan, embedding, target, z = (part.double() for part in parts)
+    mask = torch.rand(SHAPE[1:], generator=torch.Generator().manual_seed(2))
+    one, three = (IdentityGradient(vqgan, embedding, target, mask, scale=0.2, repeats=k) for k in (1, 3))
+    by_hand = z
+    for _ in range(3):
+        by_hand = by_hand - 0.2 * one(by_hand)
+    got = three(z)
+    torch.testing.assert_close(z - 0.2 * got, by_hand)
+    assert (one.distance(by_hand) < one.distance(z - 0.6 * one(z))).all()
+
+
 def test_what_the_mask_leaves_out_stays(parts: Any) -> None:
     vqgan, embedding, target, z = parts
     mask = LatentMask(*SHAPE[1:])
@@ -188,6 +201,8 @@ def test_what_does_not_fit_is_named(parts: Any) -> None:
             IdentityGradient(vqgan, embedding, **given)(latent)
 
     refused("factor must be >= 1, got 0", factor=0)
+    refused("repeats must be >= 1, and 1 without a scale, got 0", repeats=0, scale=1.0)
+    refused("repeats must be >= 1, and 1 without a scale, got 2", repeats=2)
     refused("target must be [N, E], got [6]", target=target[0])
     refused("x0_hat must be [2, 4, h, w] = one latent a target, got [1, 4, 8, 8]", z[:1])
     refused("x0_hat must be [2, 4, h, w] = one latent a target, got [2, 3, 8, 8]", z[:, :3])

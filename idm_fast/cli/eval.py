@@ -60,7 +60,8 @@ PARTS = {
     "vqgan": "the autoencoder alone", "unguided": "with the prior", "unmasked": "guided, everywhere",
     "masked": "guided within the mask, the whole model",
 }  # fmt: skip
-_OF_GUIDANCE = ("parts", "guidance_scale", "guidance_interval", "guidance_every", "guidance_resolution")
+_OF_GUIDANCE = ("parts", "guidance_scale", "guidance_interval", "guidance_every", "guidance_resolution",
+                "guidance_repeats")  # fmt: skip
 METRICS = (*FaceMetrics.PAIRED, *FaceMetrics.ALONE, "fd_vgg")
 _SHARP_PX = 250  # native side of the crops that are no enlargements, as in training
 
@@ -95,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", nargs="+", type=float, metavar="S", help="of CLR-Face models (default: the model's)"
     )
     p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("A", "B"), help="the guided part of the way")
+    p.add_argument("--guidance-repeats", type=int, metavar="K", help="steps at a guided evaluation")
     p.add_argument("--guidance-every", type=int, metavar="K", help="a gradient at every K-th evaluation")
     p.add_argument("--guidance-resolution", type=int, metavar="PX", help="side at which faces are recognised")
     p.add_argument(
@@ -269,6 +271,7 @@ def _guidances(args: argparse.Namespace, model: FaceModel) -> list[tuple[str, Gu
     interval = None if args.guidance_interval is None else tuple(args.guidance_interval)
     scales = list(dict.fromkeys(args.guidance_scale or [None]))
     rest = {"interval": interval, "every": args.guidance_every, "resolution": args.guidance_resolution}
+    rest["repeats"] = args.guidance_repeats
     if not isinstance(model, ClrFaceRestorer):
         return [("", GuidanceSettings())]
     if args.parts and scales == [None] and {"unmasked", "masked"} & set(args.parts):
@@ -336,7 +339,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "eta": args.eta, "strength": args.strength, "dtype": args.dtype, "torch_device": args.device,
         "guidance": {
             "scales": args.guidance_scale, "interval": args.guidance_interval, "every": args.guidance_every,
-            "resolution": args.guidance_resolution,
+            "resolution": args.guidance_resolution, "repeats": args.guidance_repeats,
         },
     }  # fmt: skip
 

@@ -15,9 +15,13 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     some = p.add_mutually_exclusive_group()
     some.add_argument(
         "--guidance-scale", type=float, metavar="S",
-        help="how far at most, in deviations of the latent; 0: not at all (default: the model's)",
+        help="how far a step goes at most, in deviations of the latent; 0: no guidance (default: the model's)",
     )  # fmt: skip
     some.add_argument("--no-identity-guidance", dest="identity_guidance", action="store_false", help="the prior alone")
+    p.add_argument(
+        "--guidance-repeats", type=int, metavar="K",
+        help="steps, each along a gradient of its own, at a guided evaluation (default: the model's)",
+    )  # fmt: skip
     p.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("A", "B"),
         help="the part of the way, in 0..1 from noise to picture, that is guided (default: the model's)",
@@ -38,4 +42,5 @@ def guidance_of(args: argparse.Namespace) -> dict[str, Any]:
         "identity_guidance": args.identity_guidance, "guidance_scale": args.guidance_scale,
         "guidance_interval": None if args.guidance_interval is None else tuple(args.guidance_interval),
         "guidance_every": args.guidance_every, "guidance_resolution": args.guidance_resolution,
+        "guidance_repeats": args.guidance_repeats,
     }  # fmt: skip

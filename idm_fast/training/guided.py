@@ -68,7 +68,9 @@ class GuidedValidation:
             cond, target = model.encode(y), model.irn(y, self.recognition)
             for way in ways:
                 mask = model.mask() if way == "masked" else None
-                gradient = IdentityGradient(model.vqgan, self.recognition, target, mask, scale=c.guidance_scale)
+                gradient = IdentityGradient(
+                    model.vqgan, self.recognition, target, mask, scale=c.guidance_scale, repeats=c.guidance_repeats
+                )
                 guidance = Guidance(gradient, c.guidance_scale, interval, c.guidance_every)
                 latent = walk(model, table, cond, seeds, None if way == "unguided" else guidance)
                 made[way].append(model.decode(latent).float().clamp(-1, 1).cpu())

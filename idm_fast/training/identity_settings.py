@@ -62,8 +62,9 @@ class MaskLossWeights:
 class LatentMaskSettings(FaceSettings):
     """Of a latent mask, and of the whole CLR-Face model that the files ``vqgan``, ``prior`` and ``irn`` make with it.
 
-    ``preset``: the whole model's name. ``guidance_scale``, ``guidance_interval``, ``guidance_every``: what the mask is
-    trained for and the model's defaults. ``val_faces``: validation faces of the figures that each sheet brings.
+    ``preset``: the whole model's name. ``guidance_scale``, ``guidance_interval``, ``guidance_every``,
+    ``guidance_repeats``: what the mask is trained for, and the model's defaults. ``val_faces``: validation faces of the
+    figures that each sheet brings.
     """
 
     vqgan: Path = Path()
@@ -79,9 +80,10 @@ class LatentMaskSettings(FaceSettings):
     ema_decay: float = 0.95
     save_every: int = 25
     sheet_every: int = 50
-    guidance_scale: float = 0.1
+    guidance_scale: float = 0.016
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_every: int = 1
+    guidance_repeats: int = 4
     val_faces: int = 24
     loss: MaskLossWeights = field(default_factory=MaskLossWeights)
 
@@ -89,6 +91,8 @@ class LatentMaskSettings(FaceSettings):
         super().__post_init__()
         if self.val_faces < 1:
             raise IdmFastError(f"val_faces must be >= 1, got {self.val_faces}")
+        if self.guidance_repeats < 1:
+            raise IdmFastError(f"guidance_repeats must be >= 1, got {self.guidance_repeats}")
         if not 0 < self.guidance_scale < float("inf"):
             raise IdmFastError(f"guidance_scale must be a number above 0, got {self.guidance_scale}")
         if self.precision == "fp16":  # the gradients would vanish in it

@@ -111,7 +111,9 @@ class LatentMaskTrainer(FaceLoop[ClrFaceConfig, LatentMask]):
                 true = self.recognition.embed_aligned(x0)
                 target = self.whole.irn(y, self.recognition)
                 estimate = self._estimates(self.whole.encode(y).float())
-            found = IdentityGradient(self.whole.vqgan, self.recognition, target, scale=c.guidance_scale)
+            found = IdentityGradient(
+                self.whole.vqgan, self.recognition, target, scale=c.guidance_scale, repeats=c.guidance_repeats
+            )
             gradient = found(estimate)
             # A gradient that is not finite is none, as in a walk.
             finite = torch.isfinite(gradient).flatten(1).all(1)[:, None, None, None]
@@ -181,7 +183,7 @@ def _assembled(settings: LatentMaskSettings) -> tuple[ClrFace, dict[str, Any]]:
     space = matched(prior.notes, settings.prior, vqgan.module, settings.vqgan)
     config = ClrFaceConfig(
         settings.preset, space, prior.config, irn.config, settings.guidance_scale, settings.guidance_interval,
-        settings.guidance_every,
+        settings.guidance_every, settings.guidance_repeats,
     )  # fmt: skip
     whole = ClrFace(config)
     for part, loaded in (("vqgan", vqgan), ("prior", prior), ("irn", irn)):
