@@ -173,7 +173,9 @@ def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> tuple[str, Call]:
     if _slow_to_copy(node, x):
         return "torch", _by_number(x, out, cells)
     inner = out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f)
-    return "torch", lambda: inner.copy_(cells(x))
+    if node.turned:  # no view of torch runs backwards
+        return "torch", lambda: inner.copy_(cells(x))
+    return "torch", partial(inner.copy_, cells(x))
 
 
 def _shuffle(node: nodes.Shuffle, b: Buffers) -> tuple[str, Call]:
@@ -188,7 +190,9 @@ def _shuffle(node: nodes.Shuffle, b: Buffers) -> tuple[str, Call]:
     if _slow_to_copy(node, x):
         return "torch", _by_number(x, out, cells)
     outer = out.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c)
-    return "torch", lambda: outer.copy_(cells(x))
+    if node.turned:
+        return "torch", lambda: outer.copy_(cells(x))
+    return "torch", partial(outer.copy_, cells(x))
 
 
 def _slow_to_copy(node: nodes.Unshuffle | nodes.Shuffle, x: Tensor) -> bool:
@@ -199,9 +203,9 @@ def _slow_to_copy(node: nodes.Unshuffle | nodes.Shuffle, x: Tensor) -> bool:
 def _by_number(x: Tensor, out: Tensor, cells: Callable[[Tensor], Tensor]) -> Call:
     """``out`` = ``cells(x)``, whose elements lie in ``out``'s order, by their numbers in an image of ``x``."""
     _, c, h, w = x.shape
-    numbers = torch.arange(c * h * w, dtype=torch.int32).view(1, h, w, c).permute(0, 3, 1, 2)
+    numbers = torch.arange(c * h * w, dtype=torch.int32, device=x.device).view(1, h, w, c).permute(0, 3, 1, 2)
     order = cells(numbers).reshape(-1)
-    rounded = torch.empty(c * h * w, dtype=out.dtype)
+    rounded = torch.empty(c * h * w, dtype=out.dtype, device=x.device)
     # An image at a time, so that what is held besides does not grow with the batch.
     images = [(x[i].permute(1, 2, 0).view(-1), out[i].permute(1, 2, 0).view(-1)) for i in range(len(x))]
 
