@@ -52,6 +52,20 @@ def test_equal_codes_take_the_lowest_index(backend: str, d: int) -> None:
     assert torch.equal(codes, torch.arange(100, 160) % 7)
 
 
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("size", "positions"), [(1, 1), (65, 3), (256, 47), (257, 49), (1025, 101), (2049, 2)])
+def test_few_channels(size: int, positions: int, d: int) -> None:
+    """The native kernel keeps short codes in registers, run by run. Whole numbers: distances are exact, ties abound."""
+    generator = torch.Generator().manual_seed(size)
+    codebook = torch.randint(-9, 10, (size, d), generator=generator)
+    z = torch.randint(-9, 10, (positions, d), generator=generator)
+    distances = (z[:, None] - codebook).square().sum(dim=2)
+    expected = (distances * size + torch.arange(size)).argmin(dim=1)  # of equal ones the lowest index
+    codes, rows = run("cpu", z.float(), codebook.float())
+    assert torch.equal(codes, expected)
+    assert torch.equal(rows, codebook[expected].float())
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # Triton's interpreter is numpy
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("d", [3, 40])
@@ -88,8 +102,11 @@ def test_every_instruction_set() -> None:
         for isa in extension.native.cpu_isas():
             extension.native.set_cpu_isa(isa)
             test_lattice("cpu", torch.bfloat16)
-            test_equal_codes_take_the_lowest_index("cpu", 40)
-            test_what_is_no_number("cpu", 40)
+            for d in (3, 40):  # short codes have a search of their own
+                test_equal_codes_take_the_lowest_index("cpu", d)
+                test_what_is_no_number("cpu", d)
+            for d in (1, 4):
+                test_few_channels(257, 49, d)
     finally:
         extension.native.set_cpu_isa("")
 

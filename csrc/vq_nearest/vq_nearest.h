@@ -5,7 +5,8 @@
 //   codes          [N, H, W] int64 contiguous
 //
 // Distances are |c|^2 - 2 z.c in float32; the lowest index of equal ones; not a number is larger than all others. The
-// codebook is packed once a call, then blocks of positions walk it, so distances never leave the cache.
+// codebook is packed once a call, then blocks of positions walk it, so distances never leave the cache; with codes of
+// four channels or fewer they never leave the registers.
 #pragma once
 
 #include "common/tensor_view.h"

@@ -164,23 +164,56 @@ def _native(b: Buffers) -> bool:
 def _unshuffle(node: nodes.Unshuffle, b: Buffers) -> tuple[str, Call]:
     x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
     n, c, h, w = x.shape
-    # [N, h, f, w, f, C] -> channels (C, f, f): pixel_unshuffle's order.
-    cells = x.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
+
+    def cells(image: Tensor) -> Tensor:
+        """[n, h, f, w, f, C] -> channels (C, f, f): pixel_unshuffle's order."""
+        seen = image.permute(0, 2, 3, 1).view(-1, h // f, f, w // f, f, c).permute(0, 1, 3, 5, 2, 4)
+        return seen.flip(1, 2) if node.turned else seen
+
+    if _slow_to_copy(node, x):
+        return "torch", _by_number(x, out, cells)
     inner = out.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f)
     if node.turned:  # no view of torch runs backwards
-        return "torch", lambda: inner.copy_(cells.flip(1, 2))
-    return "torch", partial(inner.copy_, cells)
+        return "torch", lambda: inner.copy_(cells(x))
+    return "torch", partial(inner.copy_, cells(x))
 
 
 def _shuffle(node: nodes.Shuffle, b: Buffers) -> tuple[str, Call]:
     x, out, f = b.tensors[node.x], b.tensors[node.out], node.factor
     n, c, h, w = out.shape
-    # [N, h, w, C, f, f] -> rows (h, f) and columns (w, f).
-    cells = x.permute(0, 2, 3, 1).view(n, h // f, w // f, c, f, f).permute(0, 1, 4, 2, 5, 3)
+
+    def cells(image: Tensor) -> Tensor:
+        """[n, h, w, C, f, f] -> rows (h, f) and columns (w, f)."""
+        seen = image.permute(0, 2, 3, 1).view(-1, h // f, w // f, c, f, f).permute(0, 1, 4, 2, 5, 3)
+        return seen.flip(1, 3) if node.turned else seen
+
+    if _slow_to_copy(node, x):
+        return "torch", _by_number(x, out, cells)
     outer = out.permute(0, 2, 3, 1).view(n, h // f, f, w // f, f, c)
     if node.turned:
-        return "torch", lambda: outer.copy_(cells.flip(1, 3))
-    return "torch", partial(outer.copy_, cells)
+        return "torch", lambda: outer.copy_(cells(x))
+    return "torch", partial(outer.copy_, cells(x))
+
+
+def _slow_to_copy(node: nodes.Unshuffle | nodes.Shuffle, x: Tensor) -> bool:
+    """A CPU copies runs of a few elements: an image of 128 px takes it 0.23 ms, and element by element 0.02 ms."""
+    return x.device.type == "cpu" and (node.factor > 1 or node.turned)
+
+
+def _by_number(x: Tensor, out: Tensor, cells: Callable[[Tensor], Tensor]) -> Call:
+    """``out`` = ``cells(x)``, whose elements lie in ``out``'s order, by their numbers in an image of ``x``."""
+    _, c, h, w = x.shape
+    numbers = torch.arange(c * h * w, dtype=torch.int32, device=x.device).view(1, h, w, c).permute(0, 3, 1, 2)
+    order = cells(numbers).reshape(-1)
+    rounded = torch.empty(c * h * w, dtype=out.dtype, device=x.device)
+    # An image at a time, so that what is held besides does not grow with the batch.
+    images = [(x[i].permute(1, 2, 0).view(-1), out[i].permute(1, 2, 0).view(-1)) for i in range(len(x))]
+
+    def call() -> None:
+        for source, target in images:
+            torch.index_select(rounded.copy_(source), 0, order, out=target)
+
+    return call
 
 
 def _turn(node: nodes.Turn, b: Buffers) -> tuple[str, Call]:

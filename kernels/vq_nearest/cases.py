@@ -45,6 +45,7 @@ CASES = [
     case("vqgan_f16", "VQGAN f16: 16384 codes of 256, 16 px", (1, 256, 16, 16), 16384, layer=True, timed_only=True),
     case("vq_f8_32px", "vq-f8 codec: 16384 codes of 4, 32 px", (1, 4, 32, 32), 16384, layer=True, timed_only=True),
     case("narrow", "three channels, as vq-f4 has them", (1, 3, 10, 12), 600),
+    case("latent", "four channels, as our own codec has them; positions and codes fill no block", (2, 4, 7, 9), 1100),
     case("small", "every tile has a tail", (2, 5, 3, 7), 77),
     case("wide", "more channels than a step", (1, 70, 5, 5), 130, wide_book=True),
     case("one_code", "nothing to choose", (1, 4, 3, 3), 1),
