@@ -25,7 +25,7 @@ def test_a_change_is_told_face_by_face() -> None:
     assert 0.1 < found["psnr"].low < 0.2 < found["psnr"].high < 0.3
     assert found[FD].mean == pytest.approx(-75, abs=1e-4)  # half as far away, in each of three directions
     conditions = {"reference": "-", "faces": 40, "crop_px": 128, "degradation_version": 1, "seed": 0, "intervals": "-"}
-    text = Report(conditions, [], "old", [Row("mild", "new", 1, found, pictures=40, pairs=40)]).as_markdown()
+    text = Report(conditions, [], {"old": [Row("mild", "new", 1, found, pictures=40, pairs=40)]}).as_markdown()
     assert "Change from old on the same faces" in text
     assert f"| mild | new | 1 | {found['psnr'].mean:+.2f} [" in text
     assert "| FD-VGG % ↓ |" in text

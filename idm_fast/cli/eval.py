@@ -100,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance-every", type=int, metavar="K", help="a gradient at every K-th evaluation")
     p.add_argument("--guidance-resolution", type=int, metavar="PX", help="side at which faces are recognised")
     p.add_argument(
-        "--against", metavar="ROW", help="also how the others differ from this row, face by face; its name as the "
-        "table says it ('degraded input', 'idm-face-128', 'clr-face-128 (unguided)')",
+        "--against", nargs="+", metavar="ROW", help="also how the others differ from this row, face by face; its name "
+        "as the table says it ('degraded input', 'idm-face-128', 'clr-face-128 (unguided)')",
     )  # fmt: skip
     p.add_argument("--no-baseline", action="store_true", help="leave out the denoise + sharpen rows")
     p = parser.add_argument_group("pictures")
@@ -140,8 +140,9 @@ def run(args: argparse.Namespace) -> int:
         dict.fromkeys(args.levels or (list(LEVELS) if args.model or not (args.pictures or args.samples) else []))
     )
     subjects = _subjects(args) if levels else []
-    if args.against is not None:
-        compared(subjects, args.against)  # a wrong name ends the run here
+    against = list(dict.fromkeys(args.against or ()))
+    for name in against:
+        compared(subjects, name)  # a wrong one ends the run here
     sets: list[PictureSet] = []
     for kind, clean in ((args.pictures, paths), (args.samples, [])):
         for folder in {folder.resolve(): folder for folder in kind}.values():
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
             (load_at(path, args.size) for path in paths), [_ticking(s, bar) for s in subjects], metrics,
             levels=levels, reference=reference, seed=args.seed, batch_size=args.batch_size, device=args.device,
             progress=progress, names=[str(path.relative_to(args.data)) for path in paths], sets=sets, parts=parts,
-            against=args.against,
+            against=against,
         )  # fmt: skip
     report = replace(report, conditions=report.conditions | {"settings": settings})
     _write(report, args, parts)

@@ -7,6 +7,7 @@ faces', and FID where its weights are there).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,13 +63,13 @@ def evaluate(
     names: Sequence[str] = (),
     sets: Sequence[PictureSet] = (),
     parts: Parts | None = None,
-    against: str | None = None,
+    against: Sequence[str] = (),
 ) -> Report:
     """Degrades every face at every level (seed + its number), restores it with every subject and measures.
 
     ``reference`` names the clean set in words, ``names`` each of its faces. The pictures of ``sets`` are measured as
     they are. ``progress`` is told the number of faces and pictures finished so far; ``parts`` keeps what is finished.
-    ``against``: the subject from which the others' changes are told.
+    ``against``: subjects from which the others' changes are told.
     Raises ``ValueError`` when there is no face, or a subject's output is mis-shaped or not finite.
     """
     keep = parts.get_or if parts else _measured
@@ -90,12 +91,12 @@ def evaluate(
     for level in levels:
         for index, subject in enumerate(subjects):
             rows.append(_row(level, subject, _of(found, f"{level}/{index}"), own, seed, names, pairs=done))
-    changed = []
-    for level in levels if against else ():
-        for index, base in compared(subjects, against or ""):
+    changed: dict[str, list[Row]] = {name: [] for name in against}
+    for name, level in itertools.product(against, levels):
+        for index, base in compared(subjects, name):
             apart = changes(_of(found, f"{level}/{index}"), _of(found, f"{level}/{base}"), own, seed)
             one = subjects[index]
-            changed.append(Row(level, one.name, one.steps, apart, one.sampler, one.evaluations, done, done))
+            changed[name].append(Row(level, one.name, one.steps, apart, one.sampler, one.evaluations, done, done))
     finished = done
     for number, pictures in enumerate(sets):
         judged = []
@@ -117,7 +118,7 @@ def evaluate(
         "notes": [*metrics.notes(size), *_sizes(rows, done)],
         **environment(device),
     }
-    return Report(conditions, rows, against, changed)
+    return Report(conditions, rows, changed)
 
 
 def _batches(faces: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:

@@ -71,20 +71,19 @@ class Row:
 class Report:
     """Rows (the clean faces, subjects level by level, sets) and the conditions under which they hold.
 
-    ``changes``: of the subjects from the one called ``against``, face by face (see changes.py).
+    ``changes``: of the other subjects from the named ones, face by face (see changes.py).
     """
 
     conditions: dict[str, Any]
     rows: list[Row]
-    against: str | None = None
-    changes: list[Row] = field(default_factory=list)
+    changes: dict[str, list[Row]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """A document of plain values; what is infinite or not a number becomes null."""
         document = {"conditions": self.conditions, "rows": [row.as_json() for row in self.rows]}
-        if self.against is None:
+        if not self.changes:
             return document
-        return document | {"against": self.against, "changes": [row.as_json() for row in self.changes]}
+        return document | {"changes": {name: [row.as_json() for row in rows] for name, rows in self.changes.items()}}
 
     def as_markdown(self) -> str:
         """The conditions in a sentence, a table of ``mean [low, high]``, what had no value, and the changes."""
@@ -98,10 +97,10 @@ class Report:
         ]
         without = [_without(row) for row in self.rows if row.missing]
         lines += ["", *without] if without else []
-        if self.changes:
+        for name, rows in self.changes.items():
             said = "95 % intervals of the mean difference; of distances of sets: of the change in percent"
-            lines += ["", f"Change from {self.against} on the same faces ({said}):", ""]
-            lines += self._table(self.changes, LABELS | _PERCENT, "+")
+            lines += ["", f"Change from {name} on the same faces ({said}):", ""]
+            lines += self._table(rows, LABELS | _PERCENT, "+")
         return "\n".join(lines) + "\n"
 
     def _table(self, rows: Sequence[Row], labels: Mapping[str, str], sign: str = "") -> list[str]:
