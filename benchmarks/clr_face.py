@@ -90,7 +90,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         }  # fmt: skip
         for every in options.guidance_every if options.guided else ():
             for side in options.guidance_resolution or [clr.size]:
-                asked = GuidanceSettings(1.0, every=every, resolution=side)
+                asked = GuidanceSettings(clr.config.guidance_scale or 1.0, every=every, resolution=side)
                 who[f"{clr.config.name}, guided, every {every}, {side} px"] = (
                     clr,
                     SampleSettings(steps, guidance=asked),

@@ -32,7 +32,8 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument(
         "--guidance-resolution", type=int, metavar="PX",
-        help="faster and lossy below the model's size: side at which faces are decoded for recognition",
+        help="faster, and lossy below the model's size: side at which faces are decoded for recognition (clr-face-128 "
+        "keeps 6 %% of its gain at 64)",
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ examples:
   idm-fast restore album 'scans/*.tif' -o out --compare --skip-existing
   idm-fast restore old.jpg -o out --upscale 2 --steps 8     larger, and sharper but freer
   idm-fast restore crops -o out --aligned                   face crops as FFHQ frames them
+  idm-fast restore old.jpg -o out --model clr-face-128      over latents, guided to the person
   idm-fast restore old.jpg -o out --model iddpm_ffhq512.pth --method difface --estimator swinir.pth
 """
 
