@@ -117,7 +117,7 @@ class FaceModel(ABC):
 
     def resolved(self, settings: SampleSettings) -> SampleSettings:
         """``settings`` with the model's defaults filled in. Raises ``IdmFastError`` for what the model has not got."""
-        if settings.guidance.given:
+        if settings.guidance.given and settings.guidance != GuidanceSettings(0.0):  # none is what such a model does
             name, given = self.config.name, ", ".join(settings.guidance.given)
             raise IdmFastError(f"{given} must be left out: {name} has no identity guidance (clr-face models have)")
         return settings.resolved(self.walked)

@@ -273,7 +273,8 @@ def test_other_models_have_no_guidance() -> None:
 
     restorer = CropRestorer(PIXELS, UNet(PIXELS.unet), CPU, "fp32")
     with pytest.raises(IdmFastError, match="guidance_scale must be left out: tiny has no identity guidance"):
-        restorer.evaluations(FREE)
+        restorer.evaluations(GUIDED)
+    assert restorer.evaluations(FREE) == restorer.evaluations(SampleSettings())  # to have none is no trouble
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,11 @@ def test_wrong_options_end_the_run_before_it_begins(
 
 def test_options_of_guidance_are_refused_by_other_models(tiny_model: Path, crops: Path, capsys: Captured) -> None:
     command = ["restore", str(crops), "-o", str(crops.parent / "out"), "--aligned", "--model", str(tiny_model)]
-    for flags in (["--guidance-scale", "1"], ["--no-identity-guidance"]):
+    for flags in (["--guidance-scale", "1"], ["--guidance-scale", "0", "--guidance-repeats", "2"]):
         assert main([*command, *flags]) == 2
-        assert "guidance_scale must be left out: tiny has no identity guidance" in capsys.readouterr().err
+        assert "guidance_scale" in (said := capsys.readouterr().err)
+        assert "must be left out: tiny has no identity guidance" in said
+    assert main([*command, "--no-identity-guidance"]) == 0  # that is what it does anyway
 
 
 def test_without_recognition_weights_the_command_warns_in_a_line(
