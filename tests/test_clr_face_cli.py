@@ -58,6 +58,7 @@ def test_restore_takes_the_options_of_guidance(model: Path, crops: Path, tmp_pat
     for name, flags in {
         "own": [], "said": ["--guidance-scale", "0.5", "--guidance-interval", "0", "1", "--guidance-every", "1"],
         "none": ["--no-identity-guidance"], "zero": ["--guidance-scale", "0"], "small": ["--guidance-resolution", "16"],
+        "twice": ["--guidance-repeats", "2"],
     }.items():  # fmt: skip
         out = tmp_path / name
         assert (
@@ -69,6 +70,7 @@ def test_restore_takes_the_options_of_guidance(model: Path, crops: Path, tmp_pat
     assert np.array_equal(made["none"], made["zero"])
     assert not np.array_equal(made["own"], made["none"])
     assert not np.array_equal(made["own"], made["small"])
+    assert not np.array_equal(made["own"], made["twice"])
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,8 @@ def test_eval_refuses_parts_of_what_has_none(tiny_model: Path, crops: Path, tmp_
     command = ["eval", "--data", str(crops), "--size", "32", "--metrics", "psnr", "--model", str(tiny_model)]
     assert main([*command, "--parts", "vqgan"]) == 2
     assert "--parts must come with a CLR-Face model, got none" in capsys.readouterr().err
+    assert main([*command, "--parts", "vqgan", "unguided", "--guidance-repeats", "2"]) == 2
+    assert "--guidance-repeats must come with a guided part, got vqgan unguided" in capsys.readouterr().err
     never = tmp_path / "never.safetensors"
     native.save(never, tiny_clr_face(), CONFIG, {}, torch.float16)
     assert main([*command[:-1], str(never), "--parts", "unguided", "masked"]) == 2

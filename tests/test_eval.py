@@ -272,6 +272,7 @@ WRONG = {
     "a method of nothing": (["--method", "difface"], "--method is of restorers and must come with --model"),
     "changes of nothing": (["--against", "a"], "--against is of restorers and must come with --model"),
     "no such row": (["--against", "a"], "--against must be one of 'degraded input', 'denoise"),
+    "changes of one model's rows": (["--steps", 1, 2, "--against", "tiny"], "got 'tiny' = 2 rows with none"),
     "too small for a metric": (["--metrics", "niqe"], "at least 64 px wide and high, got 32 (--metrics chooses"),
     "a folder as file": (["--markdown", "."], "--markdown must be a file"),
 }
@@ -280,7 +281,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_usage_says_so(name: str, run: Any, tiny_model: Path, capsys: Captured) -> None:
     arguments, message = WRONG[name]
-    extra = ["--model", tiny_model] if name in ("no steps", "no such row") else []
+    extra = ["--model", tiny_model] if name in ("no steps", "no such row", "changes of one model's rows") else []
     code, found = run(*extra, *arguments)
     error = capsys.readouterr().err
     assert code == 2

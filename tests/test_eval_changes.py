@@ -37,5 +37,7 @@ def test_what_a_subject_is_compared_with() -> None:
 
     assert compared(named(("input", None), ("a", 1), ("a", 4), ("b", 1), ("b", 4)), "a") == [(3, 1), (4, 2)]
     assert compared(named(("input", None), ("a", 1), ("a", 4)), "input") == [(1, 0), (2, 0)]
+    with pytest.raises(IdmFastError, match="--against must be a row with others of its steps and sampler, got 'a' = 2"):
+        compared(named(("input", None), ("a", 1), ("a", 4)), "a")
     with pytest.raises(IdmFastError, match="--against must be one of 'input', 'a', got 'c'"):
         compared(named(("input", None), ("a", 1)), "c")

@@ -194,6 +194,10 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("steps", "sampler", "eta", "strength", "dtype", "method", "against", *_OF_GUIDANCE):
             if getattr(args, name) is not None:
                 raise IdmFastError(f"--{name.replace('_', '-')} is of restorers and must come with --model, got none")
+    guided = not args.parts or {"unmasked", "masked"} & set(args.parts)
+    for name in _OF_GUIDANCE:
+        if not guided and name != "parts" and getattr(args, name) is not None:
+            raise IdmFastError(f"--{name.replace('_', '-')} must come with a guided part, got {' '.join(args.parts)}")
     for name in ("estimator", "start_index"):
         if args.method != "difface" and getattr(args, name) is not None:
             raise IdmFastError(f"--{name.replace('_', '-')} must come with --method difface, got none")

@@ -52,7 +52,7 @@ def compared(subjects: Sequence[Subject], name: str) -> list[tuple[int, int]]:
     """(subject, what it is compared with) for the subjects that are not called ``name``, as positions.
 
     Of several that are called so, each is for the subjects of its own steps and sampler. Raises ``IdmFastError`` where
-    there is none.
+    none is called so, or none is left to compare.
     """
     bases = [i for i, subject in enumerate(subjects) if subject.name == name]
     if not bases:
@@ -66,6 +66,10 @@ def compared(subjects: Sequence[Subject], name: str) -> list[tuple[int, int]]:
         chosen = alike or bases
         if len(chosen) == 1:
             pairs.append((i, chosen[0]))
+    if not pairs:
+        raise IdmFastError(
+            f"--against must be a row with others of its steps and sampler, got {name!r} = {len(bases)} rows with none"
+        )
     return pairs
 
 
