@@ -17,8 +17,8 @@ class ClrFaceConfig:
     """Autoencoder, prior over its latents, identity recovery network, and how its walks are guided.
 
     ``prior`` works on latents times ``vqgan.latent_scale``: its channels and its image size are the latent's.
-    ``guidance_scale`` >= 0: how far x0_hat moves along an identity gradient, in deviations of the latent and at most
-    (see ``identity``); 0: never. ``guidance_repeats``: in so many steps, each along a gradient of its own.
+    ``guidance_scale`` >= 0: how far a step moves x0_hat along an identity gradient, in deviations of the latent and at
+    most (see ``identity``); 0: never. ``guidance_repeats``: so many steps, each along a gradient of its own.
     ``guidance_interval``: the part of the way that is guided; ``guidance_every``: at which of its evaluations a
     gradient is computed (see ``diffusion.Guidance``). Raises ``IdmFastError`` for parts that do not fit.
     """

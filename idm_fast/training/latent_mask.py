@@ -4,10 +4,10 @@
                                      + sparsity mean(mask)
 
 with z the estimate of a prior's walk at an evaluation drawn for each item, g the identity gradient there towards what
-the identity recovery network found (a constant here), D the decoder without codes and e the recognition network. So the
-mask opens where a step towards the recovered identity brings the true one nearer, and closes where it spoils the
-picture. Everything random follows from the seed and the item's position in the run, so a run that is stopped and
-resumed is the same run.
+the identity recovery network found (a constant here; the sum of those of the repeated steps, walked unmasked), D the
+decoder without codes and e the recognition network. So the mask opens where a step towards the recovered identity
+brings the true one nearer, and closes where it spoils the picture. Everything random follows from the seed and the
+item's position in the run, so a run that is stopped and resumed is the same run.
 """
 
 from __future__ import annotations
