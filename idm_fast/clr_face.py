@@ -39,8 +39,9 @@ class ClrFaceRestorer(FaceModel):
     """Restored faces of degraded crops by a CLR-Face model. Arguments as for ``FaceModel``; 8 bits are the prior's
     alone.
 
-    The guidance's gradient runs in plain float32 modules. Where the recognition network is not installed a walk is not
-    guided, with a warning; ``skipped`` counts gradients of single faces that were not finite and were left out.
+    The guidance's gradient runs in plain modules: on a CPU face by face, in bfloat16 where the networks are, else in
+    float32. Where the recognition network is not installed a walk is not guided, with a warning; ``skipped`` counts
+    gradients of single faces that were not finite and were left out.
     """
 
     clamp = None  # latents have no bounds
@@ -50,6 +51,7 @@ class ClrFaceRestorer(FaceModel):
     _recognition: Recognition | None = None
     _missing: str | None = None  # why there is none
     _warned = False
+    _face_by_face = False  # gradients
 
     @property
     def walked(self) -> ModelConfig:
@@ -60,6 +62,8 @@ class ClrFaceRestorer(FaceModel):
         return self.config.image_size
 
     def _place(self) -> None:
+        # A CPU is no slower so, and torch's sums there depend on the batch, which a face must not.
+        self._face_by_face = self.device.type == "cpu"
         self._plain = self.module.to(self.device).requires_grad_(False)
         if self._engines is not None:
             parts = self.module.prior, self.module.vqgan
@@ -105,7 +109,8 @@ class ClrFaceRestorer(FaceModel):
         if self._recognition is None and self._missing is None:
             try:
                 with torch.inference_mode(False):  # gradients go through it, whoever asks first
-                    self._recognition = Recognition().to(self.device)
+                    layout: Any = {"device": self.device, "memory_format": torch.channels_last}
+                    self._recognition = Recognition().to(**layout)
             except IdmFastError as error:
                 self._missing = str(error)
         if self._missing is not None and required:
@@ -124,17 +129,23 @@ class ClrFaceRestorer(FaceModel):
         assert self._recognition is not None
         assert asked.interval is not None
         assert crops is not None
+        count = len(crops) - walk.fill
+        at_once = 1 if self._face_by_face else count
+        factor, repeats = self.size // (asked.resolution or self.size), asked.repeats or 1
         with torch.inference_mode(False), torch.no_grad():  # autograd keeps the target, and no inference tensor
-            target = self.module.irn(crops[: len(crops) - walk.fill].clone(), self._recognition)
             mask = self.module.mask() if asked.masked else None
-        factor = self.size // (asked.resolution or self.size)
-        found = IdentityGradient(
-            self.module.vqgan, self._recognition, target, mask, factor, scale=asked.scale, repeats=asked.repeats or 1
-        )
+            targets = [self.module.irn(y.clone(), self._recognition) for y in crops[:count].split(at_once)]
+        found = [
+            IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor, None, asked.scale, repeats)
+            for target in targets
+        ]
 
         def gradient(x0_hat: Tensor) -> Tensor:
-            of_faces = found(x0_hat[: len(target)])
-            return torch.cat([of_faces, of_faces.new_zeros(walk.fill, *of_faces.shape[1:])])
+            parts = x0_hat[:count].split(at_once)
+            # Never float16, in which a gradient vanishes. bfloat16 turns it by ten degrees, for 3 % of the gain.
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                made = [one(part) for one, part in zip(found, parts, strict=True)]
+            return torch.cat([*made, made[0].new_zeros(walk.fill, *x0_hat.shape[1:])])
 
         return Guidance(gradient, asked.scale, asked.interval, asked.every or 1)
 

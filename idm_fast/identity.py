@@ -71,7 +71,7 @@ class IdentityGradient:
         z = x0_hat if self.factor == 1 else F.avg_pool2d(x0_hat, self.factor)
         z = z / self.vqgan.config.latent_scale
         picture = self.vqgan.decode(z, quantize=False) if self.light is None else self.light(z)
-        embeddings = self.recognition.embed_aligned(picture)
+        embeddings = self.recognition.embed_aligned(picture).to(self.target.dtype)  # autocast's may be half
         # One made in inference mode may not be kept for a backward pass; its copy outside of it may.
         target = self.target.clone().to(embeddings)
         return 1 - F.cosine_similarity(embeddings, target, dim=1)

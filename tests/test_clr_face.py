@@ -144,8 +144,27 @@ def test_the_model_s_own_guidance_is_taken_unless_told_otherwise() -> None:
         assert not torch.equal(own, restorer.restore(y, SEEDS[:1], SampleSettings(guidance=other)))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_are_found_in_the_networks_type(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a caller's autocast says; and they are float32 themselves."""
+    seen = []
+
+    class Watched(clr_face.IdentityGradient):
+        def __call__(self, x0_hat: Tensor) -> Tensor:
+            gradient = super().__call__(x0_hat)
+            seen.append((len(x0_hat), torch.is_autocast_enabled("cpu"), gradient.dtype))
+            return gradient
+
+    monkeypatch.setattr(clr_face, "IdentityGradient", Watched)
+    restorer, y = _restorer(dtype), _crops(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        restorer.restore(y, SEEDS[:2], GUIDED)
+    assert set(seen) == {(1, dtype == "bf16", torch.float32)}
+
+
 def test_gradients_that_are_not_finite_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     restorer, y = _restorer(), _crops(2)
+    restorer._face_by_face = False  # as on a device
     guided, free = (restorer.restore(y, SEEDS[:2], settings) for settings in (GUIDED, FREE))
 
     class Spoiled(clr_face.IdentityGradient):
@@ -175,6 +194,7 @@ def test_a_walk_that_fails_is_an_error(engine: bool) -> None:
 
 def test_gradients_that_need_more_memory_than_there_is_come_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     restorer, y = _restorer(), _crops(2)
+    restorer._face_by_face = False  # as on a device
     expected = [restorer.restore(y[i : i + 1], SEEDS[i : i + 1], GUIDED) for i in range(2)]
 
     class Greedy(clr_face.IdentityGradient):
@@ -191,6 +211,7 @@ def test_gradients_that_need_more_memory_than_there_is_come_in_smaller_batches(m
 def test_what_fills_a_batch_is_neither_guided_nor_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three crops in a bucket of four, where the last is there twice: a gradient costs more than a step."""
     restorer, y, asked = _restorer(engine=False), _crops(3), []
+    restorer._face_by_face = False  # as on a device
 
     class Spoiled(clr_face.IdentityGradient):
         def __call__(self, x0_hat: Tensor) -> Tensor:
