@@ -28,7 +28,6 @@ _MEASURES = (
     ("sharpness", "sharpness", "sharpness_before"),
     ("noise", "noise", "noise_before"),
 )
-_BINS = 40
 _SHOWN, _TILE, _ACROSS = 24, 192, 4  # faces on the sheet, side of a picture of one, faces in a row
 _CAPTION, _MARGIN = 40, 12
 _GAIN = 4  # the difference is shown this much larger
