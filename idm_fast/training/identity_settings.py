@@ -41,13 +41,14 @@ class MaskLossWeights:
     """Weights of the terms of a latent mask's loss; 0 switches a term off, and its network is then not loaded.
 
     ``identity``: of 1 - cos between the guided picture's embedding and the clean face's. ``lpips`` (AlexNet) and ``l1``
-    (per pixel of pictures in [-1, 1]): of the guided picture to the clean one, which keep what makes no identity.
+    (per pixel of pictures in [-1, 1]): of the guided picture to the clean one, which keep what makes no identity; by
+    far the largest, because a step moves the identity by far more than the picture.
     ``sparsity``: of the mask's mean.
     """
 
     identity: float = 1.0
-    lpips: float = 2.0
-    l1: float = 0.5
+    lpips: float = 30.0
+    l1: float = 5.0
     sparsity: float = 0.002
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class LatentMaskSettings(FaceSettings):
     prior: Path = Path()
     irn: Path = Path()
     preset: str = "clr-face-128"
-    steps: int = 400
+    steps: int = 150
     batch_size: int = 8
     learning_rate: float = 0.05
     warmup: int = 10
