@@ -134,14 +134,14 @@ class ClrFaceRestorer(FaceModel):
         factor, repeats = self.size // (asked.resolution or self.size), asked.repeats or 1
         with torch.inference_mode(False), torch.no_grad():  # autograd keeps the target, and no inference tensor
             mask = self.module.mask() if asked.masked else None
-            targets = [self.module.irn(y.clone(), self._recognition) for y in crops[:count].split(at_once)]
+            targets = [self.module.irn(y.clone(), self._recognition) for y in torch.split(crops[:count], at_once)]
         found = [
             IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor, None, asked.scale, repeats)
             for target in targets
         ]
 
         def gradient(x0_hat: Tensor) -> Tensor:
-            parts = x0_hat[:count].split(at_once)
+            parts = torch.split(x0_hat[:count], at_once)
             # Never float16, in which a gradient vanishes; bfloat16 turns it by ten degrees and costs none of its gain.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 made = [one(part) for one, part in zip(found, parts, strict=True)]
