@@ -131,14 +131,16 @@ class ClrFaceRestorer(FaceModel):
         assert crops is not None
         count = len(crops) - walk.fill
         at_once = 1 if self._face_by_face else count
-        factor, repeats = self.size // (asked.resolution or self.size), asked.repeats or 1
         with torch.inference_mode(False), torch.no_grad():  # autograd keeps the target, and no inference tensor
             mask = self.module.mask() if asked.masked else None
             targets = [self.module.irn(y.clone(), self._recognition) for y in torch.split(crops[:count], at_once)]
         found = [
-            IdentityGradient(self.module.vqgan, self._recognition, target, mask, factor, None, asked.scale, repeats)
+            IdentityGradient(
+                self.module.vqgan, self._recognition, target, mask, factor=self.size // (asked.resolution or self.size),
+                scale=asked.scale, repeats=asked.repeats or 1,
+            )
             for target in targets
-        ]
+        ]  # fmt: skip
 
         def gradient(x0_hat: Tensor) -> Tensor:
             parts = torch.split(x0_hat[:count], at_once)

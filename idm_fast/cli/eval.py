@@ -275,8 +275,10 @@ def _guidances(args: argparse.Namespace, model: FaceModel) -> list[tuple[str, Gu
     """(what the row's name says of it, how a model is guided)."""
     interval = None if args.guidance_interval is None else tuple(args.guidance_interval)
     scales = list(dict.fromkeys(args.guidance_scale or [None]))
-    rest = {"interval": interval, "every": args.guidance_every, "resolution": args.guidance_resolution}
-    rest["repeats"] = args.guidance_repeats
+    rest = {
+        "interval": interval, "every": args.guidance_every, "resolution": args.guidance_resolution,
+        "repeats": args.guidance_repeats,
+    }  # fmt: skip
     if not isinstance(model, ClrFaceRestorer):
         return [("", GuidanceSettings())]
     if args.parts and scales == [None] and {"unmasked", "masked"} & set(args.parts):
